@@ -1,0 +1,82 @@
+// The extension module `_jax_marlin`: handler capsules by target name, and the pure functions that
+// Python and the tests ask without a GPU. No logic.
+
+#include <cuda_runtime.h>
+#include <nanobind/nanobind.h>
+
+#include <sstream>
+#include <string>
+
+#include "ffi/handlers.h"
+#include "launch/select_tile.h"
+#include "launch/tile_table.h"
+
+namespace nb = nanobind;
+
+namespace jax_marlin {
+namespace {
+
+nb::dict registrations() {
+  nb::dict targets;
+  const auto add = [&targets](const char* name, XLA_FFI_Handler* handler) {
+    targets[name] = nb::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("jax_marlin_matmul_v1", jax_marlin_matmul_v1);
+  add("jax_marlin_moe_matmul_v1", jax_marlin_moe_matmul_v1);
+  add("jax_marlin_moe_align_block_size_v1", jax_marlin_moe_align_block_size_v1);
+  return targets;
+}
+
+nb::list architectures() {
+  nb::list names;
+  std::istringstream text(JAX_MARLIN_ARCHITECTURES);
+  for (std::string name; std::getline(text, name, ',');) names.append(name.c_str());
+  return names;
+}
+
+nb::list tile_table() {
+  nb::list rows;
+  for (const TileConfig& tile : kTileTable) {
+    nb::dict row;
+    row["tile_m"] = tile.tile_m;
+    row["columns"] = tile.columns();
+    row["warps_k"] = tile.warps_k();
+    row["depth"] = tile.depth;
+    row["stages"] = tile.stages;
+    rows.append(row);
+  }
+  return rows;
+}
+
+nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count) {
+  const TileChoice choice = select_tile({rows, moe_block_size, k, n, bits}, sm_count);
+  nb::dict result;
+  result["tile"] = choice.tile;
+  result["sub_blocks"] = choice.sub_blocks;
+  result["row_blocks"] = choice.row_blocks;
+  result["n_blocks"] = choice.n_blocks;
+  result["split_k"] = choice.split_k;
+  result["scratch_bytes"] = scratch_bytes(choice);
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_jax_marlin, m) {
+  m.def("registrations", &registrations, "FFI target name to handler capsule.");
+  m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("cuda_version", [] { return CUDART_VERSION; }, "1000 * major + 10 * minor.");
+  m.def("architectures", &architectures, "Compiled in, e.g. ['80', '90a', '80-PTX'].");
+  m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
+  m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
+        nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"));
+  m.def(
+      "scratch_bytes",
+      [](int64_t rows, int moe_block_size, int k, int n, int bits) {
+        return max_scratch_bytes({rows, moe_block_size, k, n, bits});
+      },
+      nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"), nb::arg("n"), nb::arg("bits"),
+      "Scratch that is enough on any GPU.");
+}
+
+}  // namespace jax_marlin

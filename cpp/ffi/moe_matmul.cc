@@ -1,0 +1,141 @@
+// FFI handler of moe_matmul: routed rows times the experts of a stack, in one GEMM launch.
+
+#include "handlers.h"
+#include "stack_operands.h"
+
+namespace jax_marlin {
+namespace {
+
+constexpr char kOp[] = "jax_marlin_moe_matmul_v1";
+
+struct RoutingOperands {
+  ffi::AnyBuffer sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights;
+  int64_t moe_block_size, top_k;
+
+  void check(BufferChecks& checks, int64_t out_rows, int64_t x_rows) const {
+    const bool positive = moe_block_size > 0 && moe_block_size <= INT32_MAX && top_k > 0;
+    checks.require(positive, "moe_block_size or top_k", "not positive")
+        .expect(sorted_token_ids, "sorted_token_ids", ffi::S32, {kAny});
+    if (!checks.ok()) return;
+    const int64_t slots = sorted_token_ids.dimensions()[0];
+    checks.require(slots <= INT32_MAX, "sorted_token_ids", "longer than int32 can index")
+        .expect(expert_ids, "expert_ids", ffi::S32, {(slots + moe_block_size - 1) / moe_block_size})
+        .expect(num_tokens_past_padded, "num_tokens_past_padded", ffi::S32, {1})
+        .expect_optional(topk_weights, "topk_weights", ffi::F32, {out_rows})
+        .require(out_rows == x_rows * top_k && out_rows <= INT32_MAX, "out",
+                 "not of x's rows times top_k");
+  }
+
+  void fill(GemmParams& p) const {
+    p.sorted_token_ids = static_cast<const int*>(sorted_token_ids.untyped_data());
+    p.expert_ids = static_cast<const int*>(expert_ids.untyped_data());
+    p.num_tokens_past_padded = static_cast<const int*>(num_tokens_past_padded.untyped_data());
+    p.topk_weights = optional_data<const float>(topk_weights);
+    p.slots = static_cast<int>(sorted_token_ids.dimensions()[0]);
+    p.moe_block_size = static_cast<int>(moe_block_size);
+    p.row_divisor = static_cast<int>(top_k);
+  }
+};
+
+// Each routed row in its expert's act-order; afterwards slot id s reads gathered[s].
+cudaError_t gather(GemmParams& p, const ffi::AnyBuffer& perm, ffi::AnyBuffer& gathered,
+                   cudaStream_t stream) {
+  GatherParams g = {};
+  g.x = static_cast<const uint16_t*>(p.x);
+  g.perm = static_cast<const int*>(perm.untyped_data());
+  g.sorted_token_ids = p.sorted_token_ids;
+  g.expert_ids = p.expert_ids;
+  g.num_tokens_past_padded = p.num_tokens_past_padded;
+  g.gathered = static_cast<uint16_t*>(gathered.untyped_data());
+  g.x_stride = p.x_stride;
+  g.out_rows = p.out_rows;
+  g.slots = p.slots;
+  g.k = p.k;
+  g.num_experts = p.num_experts;
+  g.moe_block_size = p.moe_block_size;
+  g.row_divisor = p.row_divisor;
+  p.x = g.gathered;
+  p.row_divisor = 1;
+  return launch_gather(g, stream);
+}
+
+ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
+                      ffi::AnyBuffer scales, ffi::AnyBuffer zero_points, ffi::AnyBuffer perm,
+                      ffi::AnyBuffer bias, ffi::AnyBuffer sorted_token_ids,
+                      ffi::AnyBuffer expert_ids, ffi::AnyBuffer num_tokens_past_padded,
+                      ffi::AnyBuffer topk_weights, ffi::Result<ffi::AnyBuffer> out,
+                      ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer> gathered,
+                      int64_t bits, int64_t k, int64_t group_size, int64_t moe_block_size,
+                      int64_t top_k, int64_t weights_before_bias, int64_t zero_output) {
+  const StackOperands stack = {x, qweight, scales, zero_points, bits, k, group_size};
+  const RoutingOperands routing = {sorted_token_ids, expert_ids,     num_tokens_past_padded,
+                                   topk_weights,     moe_block_size, top_k};
+  BufferChecks checks(kOp);
+  stack.check(checks, *out);
+  if (!checks.ok()) return checks.error();
+  GemmParams params = stack.params(*out);
+  routing.check(checks, params.out_rows, x.dimensions()[0]);
+  checks.expect_optional(bias, "bias", x.element_type(), {params.num_experts, params.n})
+      .expect_optional(perm, "perm", ffi::S32, {params.num_experts, k})
+      .require((params.n + kTile - 1) / kTile == params.stack_n_tiles, "out",
+               "not of the stack's columns");
+  if (perm.element_count() != 0) {
+    checks.expect(*gathered, "gathered", x.element_type(), {params.out_rows, params.x_stride});
+  }
+  if (!checks.ok()) return checks.error();
+  if (out->element_count() == 0) return ffi::Error::Success();
+
+  routing.fill(params);
+  params.bias = optional_data<const void>(bias);
+  params.bias_stride = params.n;
+  params.weights_before_bias = weights_before_bias != 0;
+
+  int sm_count = 0;
+  cudaError_t status = current_sm_count(&sm_count);
+  if (status != cudaSuccess) return cuda_status(kOp, status);
+  const TileChoice choice = select_tile(
+      {params.slots, params.moe_block_size, params.k, params.n, static_cast<int>(bits)}, sm_count);
+  checks.require(static_cast<int64_t>(scratch->size_bytes()) >= scratch_bytes(choice), "scratch",
+                 "smaller than " + std::to_string(scratch_bytes(choice)) + " bytes");
+  if (!checks.ok()) return checks.error();
+
+  // Rows that no used slot names are zero by contract, and results hold arbitrary bytes.
+  if (zero_output != 0) status = cudaMemsetAsync(params.out, 0, out->size_bytes(), stream);
+  if (status == cudaSuccess && perm.element_count() != 0) {
+    status = gather(params, perm, *gathered, stream);
+  }
+  if (status == cudaSuccess) {
+    status = launch_gemm(params, choice, stack.element(), static_cast<int>(bits),
+                         scratch->untyped_data(), stream);
+  }
+  return cuda_status(kOp, status);
+}
+
+}  // namespace
+}  // namespace jax_marlin
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_marlin_moe_matmul_v1, jax_marlin::moe_matmul,
+    xla::ffi::Ffi::Bind()
+        .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+        .Arg<xla::ffi::AnyBuffer>()  // x [T, >= K]
+        .Arg<xla::ffi::AnyBuffer>()  // qweight [E, n_tiles, k_tiles, words]
+        .Arg<xla::ffi::AnyBuffer>()  // scales [E, n_tiles, G, 64]
+        .Arg<xla::ffi::AnyBuffer>()  // zero_points, or empty
+        .Arg<xla::ffi::AnyBuffer>()  // perm [E, K], or empty
+        .Arg<xla::ffi::AnyBuffer>()  // bias [E, N], or empty
+        .Arg<xla::ffi::AnyBuffer>()  // sorted_token_ids [L]
+        .Arg<xla::ffi::AnyBuffer>()  // expert_ids [B]
+        .Arg<xla::ffi::AnyBuffer>()  // num_tokens_past_padded [1]
+        .Arg<xla::ffi::AnyBuffer>()  // topk_weights [R], or empty
+        .Ret<xla::ffi::AnyBuffer>()  // out [R, N]
+        .Ret<xla::ffi::AnyBuffer>()  // scratch
+        .Ret<xla::ffi::AnyBuffer>()  // gathered [R, >= K], or empty
+        .Attr<int64_t>("bits")
+        .Attr<int64_t>("k")
+        .Attr<int64_t>("group_size")
+        .Attr<int64_t>("moe_block_size")
+        .Attr<int64_t>("top_k")
+        .Attr<int64_t>("weights_before_bias")
+        .Attr<int64_t>("zero_output"),
+    {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,67 @@
+// What dense and routed products share: the leaves of an expert stack, decoded into GemmParams.
+#pragma once
+
+#include "../kernel/tile_config.h"
+#include "../launch/launch_gemm.h"
+#include "buffer_checks.h"
+
+namespace jax_marlin {
+
+struct StackOperands {
+  ffi::AnyBuffer x, qweight, scales, zero_points;
+  int64_t bits, k, group_size;
+
+  ElementType element() const {
+    return x.element_type() == ffi::F16 ? ElementType::kFloat16 : ElementType::kBfloat16;
+  }
+
+  // Checks the leaves against each other and against x and out.
+  void check(BufferChecks& checks, const ffi::AnyBuffer& out) const {
+    const ffi::DataType dtype = x.element_type();
+    checks.require(dtype == ffi::F16 || dtype == ffi::BF16, "x", "neither float16 nor bfloat16")
+        .require(bits == 4 || bits == 8, "bits", std::to_string(bits) + ", expected 4 or 8")
+        .require(k > 0 && k <= INT32_MAX, "k", std::to_string(k))
+        .require(group_size > 0 && group_size <= k && (group_size == k || group_size % kHalf == 0),
+                 "group_size", std::to_string(group_size) + ", expected k or a multiple of 32");
+    if (!checks.ok()) return;
+    checks.expect(qweight, "qweight", ffi::U32, {kAny, kAny, k_tiles(), 128 * bits})
+        .expect(x, "x", dtype, {kAny, kAny});
+    if (!checks.ok()) return;
+    const auto tiles = qweight.dimensions();
+    checks.expect(scales, "scales", dtype, {tiles[0], tiles[1], num_groups(), kTile})
+        .expect_optional(zero_points, "zero_points", dtype,
+                         {tiles[0], tiles[1], num_groups(), kTile})
+        .require(x.dimensions()[1] >= k && x.dimensions()[1] % 8 == 0, "x",
+                 "not at least k columns wide, and whole 16-byte vectors")
+        .require(out.element_type() == dtype || out.element_type() == ffi::F32, "out",
+                 "neither of x's dtype nor float32")
+        .require(out.dimensions().size() == 2, "out", "not of rank 2");
+  }
+
+  // The fields that follow from the leaves; call after check.
+  GemmParams params(const ffi::AnyBuffer& out) const {
+    GemmParams p = {};
+    p.x = x.untyped_data();
+    p.x_stride = x.dimensions()[1];
+    p.qweight = static_cast<const uint32_t*>(qweight.untyped_data());
+    p.scales = scales.untyped_data();
+    p.zero_points = optional_data<const void>(zero_points);
+    p.out = out.untyped_data();
+    p.out_rows = out.dimensions()[0];
+    p.out_is_float32 = out.element_type() == ffi::F32;
+    p.k = static_cast<int>(k);
+    p.n = static_cast<int>(out.dimensions()[1]);
+    p.num_experts = static_cast<int>(qweight.dimensions()[0]);
+    p.stack_n_tiles = static_cast<int>(qweight.dimensions()[1]);
+    p.k_tiles = static_cast<int>(k_tiles());
+    p.num_groups = static_cast<int>(num_groups());
+    p.group_size = static_cast<int>(group_size);
+    p.row_divisor = 1;
+    return p;
+  }
+
+  int64_t k_tiles() const { return (k + kTile - 1) / kTile; }
+  int64_t num_groups() const { return (k + group_size - 1) / group_size; }
+};
+
+}  // namespace jax_marlin

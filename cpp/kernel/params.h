@@ -1,0 +1,66 @@
+// The structs that cross from host to device, one a kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_marlin {
+
+// Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes.
+struct GemmParams {
+  // Operands. Pointers that a problem does not have are null.
+  const void* x;               // [x_rows, x_stride], columns past k are never read as numbers
+  const uint32_t* qweight;     // [num_experts, stack_n_tiles, k_tiles, words_per_tile]
+  const void* scales;          // [num_experts, stack_n_tiles, num_groups, 64]
+  const void* zero_points;     // same shape as scales; null when symmetric
+  const void* bias;            // [n] of this call, or [num_experts, bias_stride]
+  const int* expert;           // dense: which expert, clamped to the stack
+  const int* sorted_token_ids; // routed: [slots]; null when dense
+  const int* expert_ids;       // routed: one a routing block
+  const int* num_tokens_past_padded;
+  const float* topk_weights;   // [out_rows]; null when rows are not weighted
+  void* out;                   // [out_rows, n]
+  float* partials;             // [work tiles, split_k, tile_m, tile columns], when split_k > 1
+  int* arrivals;               // [work tiles], zero at entry, when split_k > 1
+
+  int64_t x_stride;
+  int64_t out_rows;            // dense: M; routed: tokens * top_k
+  int64_t bias_stride;         // 0 when bias is this call's own vector
+  int slots;                   // routed: length of sorted_token_ids
+  int k, n;                    // reduction; columns of this call
+  int num_experts;
+  int stack_n_tiles;           // column tiles of the whole stack
+  int first_tile;              // column tile where this call starts
+  int k_tiles;
+  int num_groups, group_size;
+  int moe_block_size;          // slots of one routing block
+  int row_divisor;             // routed: slot id s reads x[s / row_divisor]
+  int sub_blocks;              // row blocks of one routing block
+  int n_blocks;                // blocks along the columns
+  int split_k;                 // blocks that share one output tile
+  bool out_is_float32;
+  bool weights_before_bias;    // acc * weight + bias, instead of (acc + bias) * weight
+};
+
+// Act-order of routed rows (gather_rows.cuh).
+struct GatherParams {
+  const uint16_t* x;         // [x_rows, x_stride]: 16-bit elements are moved, not read
+  const int* perm;           // [num_experts, k]
+  const int* sorted_token_ids;
+  const int* expert_ids;
+  const int* num_tokens_past_padded;
+  uint16_t* gathered;        // [out_rows, x_stride]
+  int64_t x_stride, out_rows;
+  int slots, k, num_experts, moe_block_size, row_divisor;
+};
+
+// Routing tables (moe_align.cuh).
+struct AlignParams {
+  const int* topk_ids;     // [routes]
+  const int* expert_map;   // [num_experts] global to local, -1 = elsewhere; null = identity
+  int* sorted_token_ids;   // [slots]
+  int* expert_ids;         // [blocks]
+  int* num_tokens_past_padded;  // [1]
+  int routes, slots, blocks, num_experts, moe_block_size;
+};
+
+}  // namespace jax_marlin

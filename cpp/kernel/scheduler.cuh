@@ -1,0 +1,67 @@
+// Which piece of the product a thread block computes: dense and routed problems in one place.
+#pragma once
+
+#include "params.h"
+#include "shared_storage.cuh"
+
+namespace jax_marlin {
+
+struct WorkTile {
+  int64_t index;      // of the output tile: row block * n_blocks + column block
+  int expert;
+  int column_block;
+  int split;          // which part of K
+  int k_tile_begin;   // packed K tiles [begin, end) of this part
+  int k_tile_end;
+};
+
+// Rows of this block into storage.source_row and storage.out_row; the expert, or -1 for no work.
+template <class Config>
+__device__ __forceinline__ int seek_rows(const GemmParams& p, int64_t row_block,
+                                         SharedStorage<Config>& storage) {
+  const int i = threadIdx.x;
+  if (p.sorted_token_ids == nullptr) {
+    if (i < Config::kTileM) {
+      const int64_t row = row_block * Config::kTileM + i;
+      storage.source_row[i] = storage.out_row[i] = row < p.out_rows ? static_cast<int>(row) : -1;
+    }
+    const int expert = p.expert == nullptr ? 0 : *p.expert;
+    return min(max(expert, 0), p.num_experts - 1);
+  }
+  const int routing_block = static_cast<int>(row_block / p.sub_blocks);
+  const int sub_block = static_cast<int>(row_block % p.sub_blocks);
+  const int64_t first_slot = static_cast<int64_t>(routing_block) * p.moe_block_size;
+  const int expert = p.expert_ids[routing_block];
+  const int used_slots = *p.num_tokens_past_padded;
+  int id = -1;
+  if (i < Config::kTileM) {
+    const int within = sub_block * Config::kTileM + i;
+    const int64_t slot = first_slot + within;
+    if (within < p.moe_block_size && slot < p.slots) id = p.sorted_token_ids[slot];
+    if (id < 0 || id >= p.out_rows) id = -1;
+    storage.source_row[i] = id < 0 ? -1 : id / p.row_divisor;
+    storage.out_row[i] = id;
+  }
+  if (expert < 0 || expert >= p.num_experts || first_slot >= used_slots) return -1;
+  return expert;
+}
+
+// False when this block has nothing to do; the same answer for all its threads.
+template <class Config>
+__device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>& storage,
+                                     WorkTile& tile) {
+  int64_t block = blockIdx.x;
+  tile.split = static_cast<int>(block % p.split_k);
+  tile.index = block / p.split_k;
+  tile.column_block = static_cast<int>(tile.index % p.n_blocks);
+  tile.expert = seek_rows<Config>(p, tile.index / p.n_blocks, storage);
+
+  const int per_split = (p.k_tiles + p.split_k - 1) / p.split_k;
+  tile.k_tile_begin = tile.split * per_split;
+  tile.k_tile_end = min(tile.k_tile_begin + per_split, p.k_tiles);
+
+  const bool has_row = threadIdx.x < Config::kTileM && storage.out_row[threadIdx.x] >= 0;
+  return __syncthreads_or(has_row && tile.expert >= 0);
+}
+
+}  // namespace jax_marlin

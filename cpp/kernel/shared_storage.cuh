@@ -1,0 +1,30 @@
+// What lives in shared memory; its size is sizeof(SharedStorage<Config>), nowhere recomputed.
+#pragma once
+
+#include "kernel_config.cuh"
+
+namespace jax_marlin {
+
+template <class Config>
+struct SharedStorage {
+  using Element = typename Config::Element;
+  static constexpr int kHalves = 2 * Config::kChunk;
+  static constexpr bool kStored = Config::kStoredZeroPoints;
+
+  // Stages of the K loop; the partial sums of the warps take their place after it.
+  struct Stages {
+    alignas(16) Element x[Config::kStages][Config::kWarpsK][Config::kTileM][Config::kXPitch];
+    alignas(16) Element scales[Config::kStages][Config::kWarpsK][kHalves][Config::kColumns];
+    alignas(16) Element zero_points[kStored ? Config::kStages : 1][kStored ? Config::kWarpsK : 1]
+                                   [kStored ? kHalves : 1][kStored ? Config::kColumns : 8];
+  };
+  union {
+    Stages stages;
+    float partial[Config::kWarpsK][Config::kTileM][Config::kPartialPitch];
+  };
+  int source_row[Config::kTileM];  // row of x; -1 for padding
+  int out_row[Config::kTileM];     // row of out; -1 for padding
+  bool is_last;                    // this block arrived last at its output tile
+};
+
+}  // namespace jax_marlin

@@ -1,0 +1,64 @@
+// Operand A: packed weights, streamed from global memory into a ring of registers, `kDepth` deep.
+//
+// Thread t of a packed tile owns 16 (4 bit) or 32 (8 bit) contiguous bytes, so a warp reads whole
+// 512-byte runs, and no thread ever needs another's weights: no shared memory, no barrier.
+#pragma once
+
+#include "ptx.cuh"
+#include "scheduler.cuh"
+
+namespace jax_marlin {
+
+template <class Config>
+class WeightRing {
+ public:
+  // warp_n, warp_k: this warp's place along the columns and along K.
+  __device__ __forceinline__ WeightRing(const GemmParams& p, const WorkTile& tile,
+                                        int tiles_per_warp, int warp_n, int warp_k) {
+    const int last_tile = (p.n + kTile - 1) / kTile - 1;
+    const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
+    end_ = min(begin + tiles_per_warp, tile.k_tile_end) - begin;
+#pragma unroll
+    for (int f = 0; f < Config::kFragsN; ++f) {
+      const int fragment = warp_n * Config::kFragsN + f;  // of 16 columns, in this block
+      // Columns past the end repeat the last tile; the epilogue does not store them.
+      const int n_tile = min(tile.column_block * Config::kNTiles + fragment / 4, last_tile);
+      const int64_t column_tile =
+          static_cast<int64_t>(tile.expert) * p.stack_n_tiles + p.first_tile + n_tile;
+      const int thread = 32 * (fragment % 4) + threadIdx.x % 32;
+      source_[f] = p.qweight + (column_tile * p.k_tiles + begin) * Config::kWordsPerTile +
+                   thread * 4 * Config::kVectors;
+    }
+  }
+
+  // Requests K tile `k_tile` (counted from the warp's first) into ring slot `slot`.
+  __device__ __forceinline__ void request(int slot, int k_tile) {
+#pragma unroll
+    for (int f = 0; f < Config::kFragsN; ++f) {
+#pragma unroll
+      for (int v = 0; v < Config::kVectors; ++v) {
+        ring_[slot][f][v] =
+            k_tile < end_ ? ptx::load_stream(source_[f] + k_tile * Config::kWordsPerTile + 4 * v)
+                          : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // The words of k16 step `step` (0..3) of fragment f.
+  __device__ __forceinline__ void words(int slot, int f, int step,
+                                        uint32_t (&w)[Config::kStepWords]) const {
+#pragma unroll
+    for (int i = 0; i < Config::kStepWords; ++i) {
+      const int at = step * Config::kStepWords + i;
+      const uint4& v = ring_[slot][f][at / 4];
+      w[i] = at % 4 == 0 ? v.x : at % 4 == 1 ? v.y : at % 4 == 2 ? v.z : v.w;
+    }
+  }
+
+ private:
+  uint4 ring_[Config::kDepth][Config::kFragsN][Config::kVectors];
+  const uint32_t* source_[Config::kFragsN];
+  int end_;  // K tiles of this warp
+};
+
+}  // namespace jax_marlin

@@ -1,0 +1,9 @@
+#include "instances.cuh"
+
+namespace jax_marlin {
+
+GemmKernel gemm_kernel_bf16_w8(int tile, bool stored_zero_points) {
+  return find_gemm_kernel<__nv_bfloat16, 8>(tile, stored_zero_points);
+}
+
+}  // namespace jax_marlin

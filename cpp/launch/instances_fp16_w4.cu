@@ -1,0 +1,9 @@
+#include "instances.cuh"
+
+namespace jax_marlin {
+
+GemmKernel gemm_kernel_fp16_w4(int tile, bool stored_zero_points) {
+  return find_gemm_kernel<__half, 4>(tile, stored_zero_points);
+}
+
+}  // namespace jax_marlin

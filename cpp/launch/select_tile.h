@@ -1,0 +1,32 @@
+// Which row of the tile table serves a problem, and how K is split: pure functions of static sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_marlin {
+
+struct GemmProblem {
+  int64_t rows;  // dense: M; routed: slots of sorted_token_ids
+  int moe_block_size;  // 0 when dense
+  int k, n;
+  int bits;
+};
+
+struct TileChoice {
+  int tile;  // row of kTileTable
+  int sub_blocks;  // row blocks of one routing block; 1 when dense
+  int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
+  int n_blocks;
+  int split_k;
+};
+
+TileChoice select_tile(const GemmProblem& problem, int sm_count);
+
+// Scratch layout: arrivals first, one int an output tile, then the partial sums.
+int64_t arrivals_bytes(const TileChoice& choice);
+int64_t scratch_bytes(const TileChoice& choice);
+
+// Enough for any device: what a trace can promise without knowing the GPU. Bounded in `rows`.
+int64_t max_scratch_bytes(const GemmProblem& problem);
+
+}  // namespace jax_marlin

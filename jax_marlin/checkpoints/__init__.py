@@ -1,0 +1,7 @@
+"""Reads quantized checkpoints from disk into packed weights, one expert at a time."""
+
+from jax_marlin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.quantize_config import QuantizeConfig
+
+__all__ = ["Checkpoint", "ModuleInfo", "QuantizeConfig", "open_checkpoint"]

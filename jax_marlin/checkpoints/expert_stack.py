@@ -1,0 +1,154 @@
+"""Experts of a checkpoint into one preallocated stack: a module is read, packed and dropped."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_marlin.canonical import CanonicalLinear, concat_columns
+from jax_marlin.checkpoints.gptq_module import Read, group_index, spec_of
+from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.layout import TILE
+from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.stack_builder import StackBuilder
+from jax_marlin.weights import MarlinExpertStack
+
+_WHERE = "Checkpoint.load_expert_stack"
+_SCALE_DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+
+
+def load_expert_stack(
+    modules: Mapping[str, ModuleInfo],
+    experts: Sequence[Sequence[str]],
+    read: Callable[[str], CanonicalLinear],
+    *,
+    dtype: DTypeLike | None,
+    on_module: Callable[[], object],
+) -> MarlinExpertStack:
+    """Packs experts[e] = (module, ...), columns side by side, into slot e of one stack.
+
+    Args:
+        modules: all modules of the checkpoint.
+        experts: for each expert the names of its modules, left to right along N.
+        read: gives one module's canonical form; called once for each, in order.
+        dtype: compute dtype of the stack; None keeps the stored one.
+        on_module: called after each module.
+
+    Raises:
+        ValueError: experts are missing or differ from each other; names them.
+    """
+    check_present(modules, experts, _WHERE)
+    specs = _specs(modules, experts)
+    spec = QuantSpec.create(
+        bits=specs[0].bits,
+        group_size=specs[0].group_size,
+        k=specs[0].k,
+        n=sum(part.n for part in specs),
+        where=_WHERE,
+    )
+    builder = StackBuilder(
+        len(experts), spec, _stored_dtype(modules, experts) if dtype is None else dtype
+    )
+    starts = np.cumsum([0, *(part.n for part in specs)]).tolist()
+    # Columns can be written one module at a time where each but the last ends on a tile's edge.
+    on_tiles = all(start % TILE == 0 for start in starts[:-1])
+    for e, names in enumerate(experts):
+        if on_tiles:
+            for name, start, stop in zip(names, starts[:-1], starts[1:], strict=True):
+                columns = slice(start, stop)
+                builder.set_expert(e, read(name), f"{_WHERE}: module {name}", columns)
+        else:
+            where = f"{_WHERE}: module {' | '.join(names)}"
+            join = functools.partial(concat_columns, bits=spec.bits, where=where)
+            builder.set_expert(e, functools.reduce(join, map(read, names)), where)
+        for _ in names:
+            on_module()
+    return builder.finish()
+
+
+def _stored_dtype(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]]) -> DTypeLike:
+    """The one dtype of all scales; an error where one of them would be rounded to another."""
+    first = modules[experts[0][0]].tensors["scales"]
+    for name in (name for names in experts for name in names):
+        scales = modules[name].tensors["scales"]
+        if scales.dtype != first.dtype:
+            raise ValueError(
+                f"{_WHERE}: tensor {scales.name} is {scales.dtype}, expected {first.dtype} as "
+                f"{first.name}; pass dtype= to choose one"
+            )
+    return _SCALE_DTYPES[first.dtype]
+
+
+def check_present(
+    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], where: str
+) -> None:
+    """Raises unless every module of every expert is there and quantized; names all that are not."""
+    if not experts or not all(experts):
+        raise ValueError(
+            f"{where}: experts is {experts!r}, expected at least one module for each expert"
+        )
+    missing = {
+        e: [name for name in names if name not in modules or modules[name].kind == "other"]
+        for e, names in enumerate(experts)
+    }
+    missing = {e: names for e, names in missing.items() if names}
+    if missing:
+        first = ", ".join(next(iter(missing.values())))
+        raise ValueError(
+            f"{where}: missing experts {list(missing)} of {len(experts)}, the first lacks {first}; "
+            f"is the number of experts in config.json right, and are all shards there?"
+        )
+    dense = [name for names in experts for name in names if modules[name].kind != "gptq"]
+    if dense:
+        raise NotImplementedError(
+            f"{where}: {len(dense)} modules are not quantized, the first is {dense[0]}, expected "
+            f"quantized experts; read them with Checkpoint.dense and pack them with "
+            f"jax_marlin.quantize"
+        )
+
+
+def can_fuse(
+    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], read: Read
+) -> bool:
+    """Whether each expert's modules agree in K, bits, group size and g_idx; see `Checkpoint`."""
+    check_present(modules, experts, "Checkpoint.can_fuse")
+    for names in experts:
+        specs = [spec_of(modules[name]) for name in names]
+        if any(_words(spec) != _words(specs[0]) for spec in specs):
+            return False
+        first, *others = (group_index(modules[name], read) for name in names)
+        if not all(np.array_equal(first, other) for other in others):
+            return False
+    return True
+
+
+def _specs(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]]) -> list[QuantSpec]:
+    """Specs of the modules of expert 0, after checking that all experts have the same."""
+    first = [spec_of(modules[name]) for name in experts[0]]
+    for part, name in zip(first, experts[0], strict=True):
+        if _words(part) != _words(first[0]):
+            raise ValueError(
+                f"{_WHERE}: module {name} has {_words(part)}, expected {_words(first[0])} as "
+                f"{experts[0][0]}; load each into a stack of its own with load_expert_stacks"
+            )
+    for e, names in enumerate(experts):
+        if len(names) != len(first):
+            raise ValueError(
+                f"{_WHERE}: expert {e} has {len(names)} modules, expected {len(first)} as expert 0"
+            )
+        for part, like, name in zip(first, experts[0], names, strict=True):
+            spec = spec_of(modules[name])
+            if spec != part:
+                raise ValueError(
+                    f"{_WHERE}: module {name} has {_words(spec)}, N={spec.n}, expected "
+                    f"{_words(part)}, N={part.n} as {like}; experts of one stack must be alike"
+                )
+    return first
+
+
+def _words(spec: QuantSpec) -> str:
+    return f"K={spec.k}, bits={spec.bits}, group_size={spec.group_size}"

@@ -1,0 +1,157 @@
+"""The GPTQ tensor format (AutoGPTQ, GPTQModel, AutoRound): stored words to plain codes and zeros.
+
+A linear layer W [K, N] is stored so, P = 32 / bits codes in a word, G = ceil(K / group_size):
+
+    qweight int32 [K / P, N]   P neighbours along K in a word, the first in the lowest bits
+    qzeros  int32 [G, N / P]   P neighbours along N in a word, the first in the lowest bits
+    scales  float [G, N]
+    g_idx   int32 [K]          group of each row; k // group_size unless desc_act reordered the rows
+
+    W[k, n] = scales[g_idx[k], n] * (q[k, n] - z[g_idx[k], n])
+
+Version 1 of the format stores z - 1, written by subtracting 1 from every field of a word at once.
+A true zero point of 0 then borrows from the next field, so the only exact inverse adds the same
+constant to the whole word, modulo 2**32, before the fields are taken apart. `gptq_v2` stores z.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jax_marlin.act_order import perm_from_g_idx
+from jax_marlin.canonical import CanonicalLinear
+from jax_marlin.host_arrays import host_array
+from jax_marlin.quant_spec import QuantSpec
+
+
+def gptq_to_canonical(
+    qweight: Any,
+    scales: Any,
+    qzeros: Any,
+    g_idx: Any,
+    bias: Any,
+    *,
+    bits: int,
+    group_size: int,
+    k: int | None,
+    n: int | None,
+    symmetric: bool | None,
+    checkpoint_format: str,
+    where: str,
+) -> CanonicalLinear:
+    """One GPTQ tensor set in plain order, rows sorted by group.
+
+    Args:
+        qweight, scales, qzeros, g_idx, bias: as in `load_gptq`.
+        bits, group_size, k, n, symmetric, checkpoint_format: as in `load_gptq`.
+        where: the function or module that errors are reported for.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `load_gptq`; messages start with `where`.
+    """
+    # bits are checked before K is derived from them
+    bits = QuantSpec.create(bits=bits, group_size=-1, k=1, n=1, where=where).bits
+    words = _words(qweight, "qweight", where)  # uint32 [ceil(K / P), N]
+    groups = None if g_idx is None else host_array(g_idx, "g_idx", where)
+    rows = words.shape[0] * 32 // bits if groups is None else groups.size
+    spec = QuantSpec.create(
+        bits=bits,
+        group_size=group_size,
+        k=rows if k is None else k,
+        n=words.shape[1] if n is None else n,
+        where=where,
+    )
+    expected = (-(-spec.k // spec.pack_factor), spec.n)
+    if words.shape != expected:
+        raise ValueError(
+            f"{where}: qweight has shape {words.shape}, expected (K * bits / 32, N) = {expected}; "
+            f"is k={spec.k} right?"
+        )
+    scales = host_array(scales, "scales", where)
+    if scales.shape != (spec.num_groups, spec.n):
+        raise ValueError(
+            f"{where}: scales has shape {scales.shape}, expected (ceil(K / group_size), N) = "
+            f"{(spec.num_groups, spec.n)} for k={spec.k}; is group_size={group_size} right?"
+        )
+    codes = _unpack_rows(words, bits)[: spec.k]  # uint8 [K, N]
+    perm = None
+    if groups is not None:
+        perm = perm_from_g_idx(groups, k=spec.k, group_size=spec.group_size, where=where)
+    canonical = CanonicalLinear(
+        codes if perm is None else codes[perm],
+        scales,
+        _zero_points(qzeros, spec, symmetric, checkpoint_format, where),
+        perm,
+        None if bias is None else host_array(bias, "bias", where),
+    )
+    canonical.check(spec, where)
+    return canonical
+
+
+def _zero_points(
+    qzeros: Any, spec: QuantSpec, symmetric: bool | None, checkpoint_format: str, where: str
+) -> np.ndarray | None:
+    """uint8 [G, N], or None where all are `2**(bits - 1)`."""
+    if checkpoint_format not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"{where}: checkpoint_format is {checkpoint_format!r}, expected 'gptq' or 'gptq_v2'"
+        )
+    if qzeros is None:
+        if symmetric is False:
+            raise ValueError(f"{where}: qzeros is None, expected an array with symmetric=False")
+        return None
+    words = _words(qzeros, "qzeros", where)  # uint32 [G, ceil(N / P)]
+    expected = (spec.num_groups, -(-spec.n // spec.pack_factor))
+    if words.shape != expected:
+        raise ValueError(
+            f"{where}: qzeros has shape {words.shape}, expected (G, N * bits / 32) = {expected}"
+        )
+    middle = spec.symmetric_zero_point
+    if symmetric:
+        stored = _unpack_columns(words, spec.bits)[:, : spec.n]
+        first = int(stored[0, 0])
+        reference = first if first in (middle - 1, middle) else middle - 1
+        wrong = np.argwhere(stored != reference)
+        if wrong.size:
+            group, column = (int(i) for i in wrong[0])
+            raise ValueError(
+                f"{where}: qzeros stores {int(stored[group, column])} for group {group}, column "
+                f"{column}, expected {middle - 1} or {middle} everywhere with symmetric=True; pass "
+                "symmetric=None to take the zero points as stored"
+            )
+        return None
+    if checkpoint_format == "gptq":
+        one_in_every_field = sum(1 << shift for shift in range(0, 32, spec.bits))
+        words = words + np.uint32(one_in_every_field)  # modulo 2**32, undoes the writer's borrows
+    zero_points = _unpack_columns(words, spec.bits)[:, : spec.n]
+    if symmetric is None and bool((zero_points == middle).all()):
+        return None
+    return np.ascontiguousarray(zero_points)
+
+
+def _unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 [R, N] to uint8 [R * P, N]."""
+    codes = np.empty((words.shape[0], 32 // bits, words.shape[1]), np.uint8)
+    for place in range(32 // bits):
+        codes[:, place] = (words >> np.uint32(bits * place)) & np.uint32(2**bits - 1)
+    return codes.reshape(-1, words.shape[1])
+
+
+def _unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 [G, C] to uint8 [G, C * P]."""
+    return _unpack_rows(np.ascontiguousarray(words.T), bits).T
+
+
+def _words(value: Any, name: str, where: str) -> np.ndarray:
+    """`value` as uint32 words of rank 2."""
+    array = host_array(value, name, where)
+    if array.dtype not in (np.int32, np.uint32):
+        raise TypeError(
+            f"{where}: {name} has dtype {array.dtype}, expected int32 or uint32 (a pack_dtype of "
+            "32 bits)"
+        )
+    if array.ndim != 2:
+        raise ValueError(f"{where}: {name} has shape {array.shape}, expected two axes")
+    return np.ascontiguousarray(array).view(np.uint32)

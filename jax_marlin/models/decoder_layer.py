@@ -1,0 +1,95 @@
+"""One Qwen3-MoE layer; attributes are named as the checkpoint's tensors, so paths agree."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_marlin.models.config import Qwen3MoeConfig
+from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate
+from jax_marlin.ops.moe_ffn import ACTIVATIONS, moe_ffn
+from jax_marlin.routing import route
+from jax_marlin.weights import MarlinExpertStack
+
+_static: dict[str, Any] = {"metadata": {"static": True}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    """Grouped-query attention whose query and key heads are RMS-normalised before the rotation."""
+
+    q_proj: Linear  # [H, heads * D]
+    k_proj: Linear  # [H, kv_heads * D]
+    v_proj: Linear  # [H, kv_heads * D]
+    o_proj: Linear  # [heads * D, H]
+    q_norm: jax.Array  # [D]
+    k_norm: jax.Array  # [D]
+    config: Qwen3MoeConfig = dataclasses.field(**_static)
+
+    def __call__(
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x `[batch, seq, H]`, positions start and up, to the same shape; and keys, values to keep.
+
+        `past` is one layer's part of a KVCache, or None to attend within x alone (start 0).
+        """
+        c, (batch, seq, _) = self.config, x.shape
+        positions = start + jnp.arange(seq, dtype=jnp.int32)
+        q = self.q_proj(x).reshape(batch, seq, c.num_attention_heads, c.head_dim)
+        k = self.k_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
+        v = self.v_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
+        q = rotate(rms_norm(q, self.q_norm, c.rms_norm_eps), positions, c.rope_theta)
+        k = rotate(rms_norm(k, self.k_norm, c.rms_norm_eps), positions, c.rope_theta)
+        if past is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
+        return self.o_proj(attend(q, k, v, positions)), (k, v)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class SparseMlp:
+    """A mixture of experts: the router's top_k experts of each token, weighted and summed."""
+
+    gate: Linear  # [H, E], the router
+    gate_up: (
+        MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack]
+    )  # [E, H, 2 I], or a pair
+    down: MarlinExpertStack  # [E, I, H]
+    config: Qwen3MoeConfig = dataclasses.field(**_static)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x `[..., H]` to the same shape."""
+        c = self.config
+        logits = linear_float32(x, self.gate)
+        weights, ids = route(logits, c.num_experts_per_tok, renormalize=c.norm_topk_prob)
+        return moe_ffn(x, ids, weights, self.gate_up, self.down, activation=c.hidden_act)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DenseMlp:
+    """The MLP of a layer without experts."""
+
+    gate_proj: Linear  # [H, F]
+    up_proj: Linear  # [H, F]
+    down_proj: Linear  # [F, H]
+    config: Qwen3MoeConfig = dataclasses.field(**_static)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x `[..., H]` to the same shape; the activation in float32."""
+        gate, up = (linear_float32(x, w) for w in (self.gate_proj, self.up_proj))
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate, up).astype(x.dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class DecoderLayer:
+    """Attention, then the MLP, each normalised before and added after."""
+
+    input_layernorm: jax.Array  # [H]
+    self_attn: Attention
+    post_attention_layernorm: jax.Array  # [H]
+    mlp: SparseMlp | DenseMlp

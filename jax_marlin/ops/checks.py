@@ -1,0 +1,89 @@
+"""Argument checks of all ops: each error names function, argument, got, expected, remedy."""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin.ops import ffi_targets
+
+KERNEL_DTYPES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
+_COMPUTE_DTYPES = (*KERNEL_DTYPES, jnp.dtype(jnp.float32))
+
+
+def check_x(x, k: int, weight_dtype, where: str, rank: int | None = None) -> jax.Array:
+    """`x` as an array whose last axis is `k` long, of exactly the weight's compute dtype."""
+    x = jnp.asarray(x)
+    if x.ndim == 0 or (rank is not None and x.ndim != rank) or x.shape[-1] != k:
+        expected = f"[..., {k}]" if rank is None else f"[T, {k}]"
+        raise ValueError(f"{where}: x has shape {x.shape}, expected {expected}")
+    if jnp.dtype(weight_dtype) not in _COMPUTE_DTYPES:
+        names = ", ".join(str(d) for d in _COMPUTE_DTYPES)
+        raise TypeError(
+            f"{where}: the weight's compute dtype is {jnp.dtype(weight_dtype)}, expected one of "
+            f"{names}; use w.astype(...)"
+        )
+    if x.dtype != weight_dtype:
+        raise TypeError(
+            f"{where}: x has dtype {x.dtype} but the weight computes in {jnp.dtype(weight_dtype)}; "
+            f"use w.astype(jnp.{x.dtype}) or x.astype(jnp.{jnp.dtype(weight_dtype)})"
+        )
+    return x
+
+
+def check_implementation(implementation: str | None, dtype, where: str) -> None:
+    """Refuses an unknown name, and "cuda" where it is already known that it cannot run."""
+    if implementation not in (None, "cuda", "xla"):
+        raise ValueError(
+            f"{where}: implementation is {implementation!r}, expected None, 'cuda' or 'xla'"
+        )
+    if implementation != "cuda":
+        return
+    if jnp.dtype(dtype) not in KERNEL_DTYPES:
+        raise NotImplementedError(
+            f"{where}: implementation='cuda' computes in float16 or bfloat16, the weight in "
+            f"{jnp.dtype(dtype)}; use w.astype(...) or implementation=None"
+        )
+    reason = ffi_targets.cuda_unavailable_reason()
+    if reason is not None:
+        raise NotImplementedError(f"{where}: implementation='cuda' cannot run: {reason}")
+
+
+def result_dtypes(x_dtype, preferred_element_type) -> tuple[np.dtype, np.dtype]:
+    """(dtype the op writes, dtype the caller gets): x's dtype and float32 are written directly."""
+    wanted = jnp.dtype(x_dtype if preferred_element_type is None else preferred_element_type)
+    written = jnp.dtype(x_dtype) if wanted == x_dtype else jnp.dtype(jnp.float32)
+    return written, wanted
+
+
+def check_positive(value, name: str, where: str) -> int:
+    """`value` as a Python int of at least 1 (block sizes and top_k are static)."""
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{where}: {name} is {value!r}, expected a static int of at least 1")
+    return int(value)
+
+
+def check_ids(ids, name: str, where: str) -> jax.Array:
+    """Integer ids as int32, rank 1."""
+    host = isinstance(ids, np.ndarray | list | tuple)
+    array = np.asarray(ids) if host else ids
+    if array.size == 0 and host:
+        array = array.astype(np.int32)  # an empty list has no dtype of its own
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{where}: {name} has dtype {array.dtype}, expected integers")
+    if array.ndim != 1:
+        raise ValueError(f"{where}: {name} has shape {array.shape}, expected one axis")
+    return jnp.asarray(array, jnp.int32)
+
+
+def check_host_expert_ids(expert_ids, num_experts: int, where: str) -> None:
+    """Raises on host ids outside [-1, num_experts); kernels skip such ids of a device array."""
+    if not isinstance(expert_ids, np.ndarray | list | tuple):
+        return
+    ids = np.asarray(expert_ids)
+    bad = ids[(ids < -1) | (ids >= num_experts)]
+    if bad.size:
+        raise ValueError(
+            f"{where}: expert_ids contains {bad.flat[0]}, expected -1 (skip) to {num_experts - 1}"
+        )

@@ -1,0 +1,167 @@
+"""matmul: dense rows times one quantized weight, `[..., K]` to `[..., N]`."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import xla
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_marlin import layout, reference
+from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops.primitive import (
+    align_rows,
+    has_kernel,
+    map_sequentially,
+    or_empty,
+    register_lowerings,
+    result_aval,
+    set_batching,
+)
+from jax_marlin.weights import MarlinExpertStack, MarlinLinear
+
+TARGET = "jax_marlin_matmul_v1"
+
+
+def matmul(
+    x: ArrayLike,
+    w: MarlinLinear | MarlinExpertStack,
+    *,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiplies rows by a quantized weight and adds its bias; accumulates in float32.
+
+    Under `jax.vmap` a batch of x folds into the rows of one call and copies no weights; a batch
+    of weights or expert indices runs one call after another.
+
+    Args:
+        x: float[..., K] of the weight's dtype; any number of rows, also none.
+        w: a `MarlinLinear` of shape (K, N), or a stack whose leaves lost their expert axis
+            (what `jax.tree.map(lambda a: a[e], stack)`, `scan` and `vmap` yield).
+        preferred_element_type: dtype of the result; None means `x.dtype`. float32 comes straight
+            from the accumulator.
+        implementation: None picks and always works; "cuda" or "xla" runs by name or raises.
+
+    Returns:
+        float[..., N].
+
+    Raises:
+        TypeError: `w` is a whole stack, or x has another dtype than the weight.
+        ValueError: the last axis of x is not K long.
+        NotImplementedError: `implementation="cuda"` cannot run; the message says why.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, jax_marlin as jm
+        >>> w = jm.quantize(np.ones((64, 128), np.float32), group_size=32)
+        >>> jm.matmul(jnp.ones((3, 64)), w).shape
+        (3, 128)
+    """
+    stack, expert, own_bias, first_tile, n = _view(w)
+    spec = stack.spec
+    x = checks.check_x(x, spec.k, stack.dtype, "matmul")
+    checks.check_implementation(implementation, x.dtype, "matmul")
+    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
+    expert = jnp.clip(expert, 0, stack.qweight.shape[0] - 1)
+    if stack.perm is not None:
+        x = jnp.take(x, stack.perm[expert], axis=-1, mode="clip")
+    bias = stack.bias if own_bias is None else own_bias
+    leading = x.shape[:-1]
+    out = _primitive.bind(
+        x if x.ndim == 2 else x.reshape(math.prod(leading), spec.k),
+        stack.qweight,
+        stack.scales,
+        or_empty(stack.zero_points, stack.dtype),
+        or_empty(bias, stack.dtype),
+        expert,
+        bits=spec.bits,
+        k=spec.k,
+        n=n,
+        group_size=spec.group_size,
+        first_tile=first_tile,
+        out_dtype=written,
+        implementation=implementation,
+    )
+    out = out if len(leading) == 1 else out.reshape(*leading, n)
+    return out.astype(wanted)
+
+
+def _view(w):
+    """(stack with an expert axis, expert, own bias, first column tile, columns) of a weight."""
+    if isinstance(w, MarlinExpertStack) and w.is_single:
+        w = w.as_linear()
+    if isinstance(w, MarlinLinear):
+        start, stop = w.columns
+        return w.stack, w.expert, w.bias, start // layout.TILE, stop - start
+    if isinstance(w, MarlinExpertStack):
+        raise TypeError(
+            f"matmul: w is a stack of {w.num_experts} experts, expected one weight; use w[e], "
+            "or moe_matmul, ragged_dot or moe_ffn for routed rows"
+        )
+    raise TypeError(f"matmul: w is {type(w).__name__}, expected MarlinLinear (see jm.quantize)")
+
+
+def _shape_rule(x, *weight_operands, n, out_dtype, **_):
+    return result_aval((x.shape[0], n), out_dtype, (x, *weight_operands))
+
+
+def _custom_call(
+    x, qweight, scales, zero_points, bias, expert,
+    *, bits, k, n, group_size, first_tile, out_dtype,
+):  # fmt: skip
+    rows = x.shape[0]
+    scratch_bytes = ffi_targets.scratch_bytes(rows, 0, k, n, bits)
+    results = (
+        jax.ShapeDtypeStruct((rows, n), out_dtype),
+        jax.ShapeDtypeStruct((scratch_bytes,), np.uint8),
+    )
+    out, _ = jax.ffi.ffi_call(TARGET, results)(
+        align_rows(x), qweight, scales, zero_points, bias, expert,
+        bits=np.int64(bits), k=np.int64(k), group_size=np.int64(group_size),
+        first_tile=np.int64(first_tile),
+    )  # fmt: skip
+    return out
+
+
+def _batching(operands, dims, **params):
+    """A batch of x is more rows of one call; batched weights run one call after another."""
+    x, *weights = operands
+    x_dim, *weight_dims = dims
+    if any(d is not None for d in weight_dims):
+        weights, weight_dims = _fold_stacks(weights, weight_dims)
+        return map_sequentially(_primitive, (x, *weights), (x_dim, *weight_dims), params)
+    x = jnp.moveaxis(x, x_dim, 0)  # [B, M, K]
+    out = _primitive.bind(x.reshape(-1, x.shape[2]), *weights, **params)
+    return out.reshape(*x.shape[:2], params["n"]), 0
+
+
+def _fold_stacks(weights, dims):
+    """Batched leaves [B, E, ...] become one stack [B * E, ...], and only the expert is mapped.
+
+    Slicing the leaves themselves for every step would copy packed weights.
+    """
+    *leaves, expert = weights
+    *leaf_dims, expert_dim = dims
+    own_bias = leaves[3].ndim == (1 if leaf_dims[3] is None else 2)
+    folded = [i for i, leaf in enumerate(leaves) if leaf.size and not (own_bias and i == 3)]
+    if any(leaf_dims[i] is None for i in folded):
+        return weights, dims
+    batch = leaves[0].shape[leaf_dims[0]]
+    for i in folded:
+        leaf = jnp.moveaxis(leaves[i], leaf_dims[i], 0)
+        leaves[i], leaf_dims[i] = leaf.reshape(-1, *leaf.shape[2:]), None
+    if expert_dim is not None:
+        expert = jnp.moveaxis(expert, expert_dim, 0)
+    num_experts = leaves[0].shape[0] // batch
+    expert = expert + num_experts * jnp.arange(batch, dtype=jnp.int32)
+    return [*leaves, expert], [*leaf_dims, 0]
+
+
+_primitive = Primitive(TARGET)
+_primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+_primitive.def_abstract_eval(_shape_rule)
+register_lowerings(_primitive, reference.matmul, _custom_call, has_kernel)
+set_batching(_primitive, _batching)

@@ -1,0 +1,214 @@
+"""moe_align_block_size: sorts routed rows by expert and pads each expert to whole blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import min_dim
+from jax.extend.core import Primitive
+from jax.interpreters import xla
+from jax.typing import ArrayLike
+
+from jax_marlin.ops import checks
+from jax_marlin.ops.primitive import (
+    map_sequentially,
+    register_lowerings,
+    result_aval,
+    set_batching,
+)
+
+TARGET = "jax_marlin_moe_align_block_size_v1"
+_INT32_MAX = 2**31 - 1
+
+
+def moe_align_block_size(
+    topk_ids: ArrayLike,
+    moe_block_size: int,
+    num_experts: int,
+    expert_map: ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Groups the R = T * top_k routed rows by expert, in blocks of `moe_block_size` slots.
+
+    Row r = token * top_k + slot. Each expert gets its rows in ascending order, then padding (the
+    value R) up to a whole block. Ids that are negative, out of range or mapped to a negative number
+    are dropped. Same inputs, same result, on every backend; sizes and tails are vLLM's
+    (`csrc/moe/moe_align_sum_kernels.cu`).
+
+    Args:
+        topk_ids: `[T, top_k]` integers, the experts of each token; T may be 0.
+        moe_block_size: slots of one block, >= 1; `moe_matmul` takes the same number.
+        num_experts: E, how many experts `topk_ids` counts; any number.
+        expert_map: `[E]` integers, the local id of each expert or -1, where a device holds only
+            some.
+
+    Returns:
+        `sorted_token_ids` int32 `[L]`, L = min(R * moe_block_size, R + E * (moe_block_size - 1)),
+        unused slots R; `expert_ids` int32 `[ceil(L / moe_block_size)]`, the (local) expert of each
+        block, unused blocks -1; `num_tokens_past_padded` int32 `[1]`, how many slots are in use.
+
+    Raises:
+        TypeError: topk_ids or expert_map are not integers.
+        ValueError: wrong shapes or sizes; ids of a host array outside -1 .. num_experts - 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax_marlin.ops.moe_align_block_size import moe_align_block_size
+        >>> ids = jnp.array([[2, 0], [2, 1], [0, 2]])
+        >>> slots, experts, used = moe_align_block_size(ids, 2, 3)
+        >>> slots[:8].tolist(), experts.tolist(), used.tolist()
+        ([1, 4, 3, 6, 0, 2, 5, 6], [0, 1, 2, 2, -1], [8])
+    """
+    where = "moe_align_block_size"
+    num_experts = checks.check_positive(num_experts, "num_experts", where)
+    moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
+    ids = as_expert_ids(topk_ids, num_experts, where)
+    local_ids = None
+    if expert_map is not None:
+        if np.shape(expert_map) != (num_experts,):
+            raise ValueError(
+                f"{where}: expert_map has shape {np.shape(expert_map)}, expected (num_experts,) ="
+                f" ({num_experts},), one local id for each expert that topk_ids can name"
+            )
+        local_ids = as_expert_ids(expert_map, _INT32_MAX, where, name="expert_map", ndim=1)
+    return align_routed_rows(ids, moe_block_size, num_experts, local_ids)
+
+
+def align_routed_rows(
+    topk_ids: jax.Array,
+    moe_block_size: int,
+    num_experts: int,
+    expert_map: jax.Array | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same for checked int32 arrays (`as_expert_ids`); what the other ops call."""
+    num_slots, _ = aligned_sizes(topk_ids.shape, moe_block_size, num_experts)
+    if isinstance(num_slots, int) and num_slots > _INT32_MAX:
+        raise ValueError(
+            f"moe_align_block_size: topk_ids of shape {topk_ids.shape}, {num_experts} experts and"
+            f" moe_block_size {moe_block_size} need {num_slots} slots, more than int32 counts;"
+            " split T"
+        )
+    if expert_map is None:
+        expert_map = jnp.zeros((0,), jnp.int32)
+    return tuple(
+        _primitive.bind(
+            topk_ids,
+            expert_map,
+            moe_block_size=moe_block_size,
+            num_experts=num_experts,
+            implementation=implementation,
+        )
+    )
+
+
+def as_expert_ids(
+    ids: ArrayLike, num_experts: int, where: str, *, name: str = "topk_ids", ndim: int = 2
+) -> jax.Array:
+    """`ids` as int32; out of range, ids on the device are dropped later and host ids raise."""
+    dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{where}: {name} has dtype {dtype}, expected an integer dtype (int32)")
+    if np.ndim(ids) != ndim:
+        expected = "(T, top_k)" if ndim == 2 else "(num_experts,)"
+        raise ValueError(f"{where}: {name} has shape {np.shape(ids)}, expected {expected}")
+    if isinstance(ids, jax.Array):
+        if dtype.itemsize > 4:  # int64 under jax_enable_x64: no id may wrap into range
+            ids = jnp.where((ids >= 0) & (ids < num_experts), ids, -1)
+        return ids.astype(jnp.int32)
+    host = np.asarray(ids)
+    if host.size and (int(host.min()) < -1 or int(host.max()) >= num_experts):
+        worst = int(host.min()) if int(host.min()) < -1 else int(host.max())
+        raise ValueError(
+            f"{where}: {name} holds {worst}, expected -1 (dropped) or 0 .. {num_experts - 1}"
+        )
+    return jnp.asarray(host.astype(np.int32))
+
+
+def select_moe_block_size(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """Slots of a block: the smallest of 8, 16, 32 of which an average expert fills 90 %, or 64.
+
+    A function of static shapes only. A symbolic number of tokens (`jax.export`) gets 64.
+    """
+    if not isinstance(num_tokens, int):
+        return 64
+    for moe_block_size in (8, 16, 32):
+        if 10 * num_tokens * top_k <= 9 * moe_block_size * num_experts:
+            return moe_block_size
+    return 64
+
+
+def aligned_sizes(topk_shape, moe_block_size: int, num_experts: int):
+    """(L, number of blocks): the worst case over all routings. Dimensions may be symbolic."""
+    rows = topk_shape[0] * topk_shape[1]
+    occupied = min_dim(rows, num_experts)  # each occupied expert wastes < one block
+    num_slots = rows + occupied * (moe_block_size - 1)
+    return num_slots, -(-num_slots // moe_block_size)
+
+
+# The primitive takes topk_ids int32[T, top_k] and expert_map int32[E], empty if there is none.
+
+
+def _shape_rule(topk_ids, expert_map, *, moe_block_size, num_experts, **_):
+    num_slots, num_blocks = aligned_sizes(topk_ids.shape, moe_block_size, num_experts)
+    operands = (topk_ids, expert_map)
+    return [result_aval((size,), jnp.int32, operands) for size in (num_slots, num_blocks, 1)]
+
+
+def _has_kernel(results, *_):
+    """Nothing is launched for a call without rows."""
+    num_slots = results[0].shape[0]
+    return not isinstance(num_slots, int) or num_slots > 0
+
+
+def _default(topk_ids, expert_map, *, moe_block_size, num_experts):
+    """What the op means, in int32 jnp: one stable sort, then every row's slot by arithmetic."""
+    num_slots, num_blocks = aligned_sizes(topk_ids.shape, moe_block_size, num_experts)
+    rows = topk_ids.shape[0] * topk_ids.shape[1]
+    ids = topk_ids.reshape(rows)
+    kept = (ids >= 0) & (ids < num_experts)
+    if expert_map.shape[0]:
+        kept &= expert_map.at[ids].get(mode="clip") >= 0
+    expert = jnp.where(kept, ids, num_experts)  # dropped rows sort last
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)
+
+    counts = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+    padded = (counts + (moe_block_size - 1)) // moe_block_size * moe_block_size
+    block_ends = jnp.cumsum(padded, dtype=jnp.int32)
+    # Row i in sorted order moves by the padding of all experts before its own.
+    shift = (block_ends - padded) - (jnp.cumsum(counts, dtype=jnp.int32) - counts)
+    sorted_expert = expert[order]
+    slot = jnp.arange(rows, dtype=jnp.int32) + shift.at[sorted_expert].get(mode="clip")
+    slot = jnp.where(sorted_expert < num_experts, slot, num_slots)
+    sorted_token_ids = jnp.full((num_slots,), rows, jnp.int32).at[slot].set(order, mode="drop")
+
+    starts = jnp.arange(num_blocks, dtype=jnp.int32) * moe_block_size
+    block_expert = jnp.searchsorted(block_ends, starts, side="right").astype(jnp.int32)
+    local = expert_map.at[block_expert].get(mode="clip") if expert_map.shape[0] else block_expert
+    used = block_ends[-1:]
+    return sorted_token_ids, jnp.where(starts < used, local, -1), used
+
+
+def _custom_call(topk_ids, expert_map, *, moe_block_size, num_experts):
+    num_slots, num_blocks = aligned_sizes(topk_ids.shape, moe_block_size, num_experts)
+    results = [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (num_slots, num_blocks, 1)]
+    return jax.ffi.ffi_call(TARGET, results)(
+        topk_ids,
+        expert_map,
+        moe_block_size=np.int64(moe_block_size),
+        num_experts=np.int64(num_experts),
+    )
+
+
+def _batching(operands, dims, **params):
+    """One routing after the other: each has its own blocks."""
+    return map_sequentially(_primitive, operands, dims, params)
+
+
+_primitive = Primitive(TARGET)
+_primitive.multiple_results = True
+_primitive.def_impl(
+    lambda *operands, **params: xla.apply_primitive(_primitive, *operands, **params)
+)
+_primitive.def_abstract_eval(_shape_rule)
+register_lowerings(_primitive, _default, _custom_call, _has_kernel)
+set_batching(_primitive, _batching)

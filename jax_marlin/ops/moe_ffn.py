@@ -1,0 +1,230 @@
+"""moe_ffn: a whole mixture-of-experts layer: align, gate_up, activation, down, sum over top_k."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_marlin.ops import checks
+from jax_marlin.ops.moe_align_block_size import (
+    align_routed_rows,
+    as_expert_ids,
+    select_moe_block_size,
+)
+from jax_marlin.ops.moe_matmul import Routing, routed_matmul
+from jax_marlin.weights import MarlinExpertStack
+
+_WHERE = "moe_ffn"
+
+
+def _swiglu_clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """gpt-oss: gate clipped above at 7, up to -7 .. 7."""
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
+
+
+# (gate, up) float32 -> float32
+ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "swiglu_clamped": _swiglu_clamped,
+}
+
+
+def moe_ffn(
+    x: ArrayLike,
+    topk_ids: ArrayLike,
+    topk_weights: ArrayLike,
+    gate_up: MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack],
+    down: MarlinExpertStack,
+    *,
+    activation: str = "silu",
+    weights_on_input: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """sum over slots of topk_weights * down[id](act(gate_up[id](x))), for each token.
+
+    Sums are float32 from end to end; the activation's result is rounded to x's dtype once, and the
+    output once. Biases of the stacks are added to gate_up's and down's products. Expert ids that
+    are negative or out of range contribute nothing.
+
+    Args:
+        x: `[..., H]` of the stacks' dtype.
+        topk_ids: `[..., top_k]` integers, as `route` returns them.
+        topk_weights: `[..., top_k]` floating point.
+        gate_up: a stack `[E, H, 2I]`, columns first all of gate, then all of up; or the pair
+            (gate, up) of stacks `[E, H, I]`, for act-order experts whose gate and up are permuted
+            differently.
+        down: a stack `[E, I, N]`; N is H in every model.
+        activation: "silu" (SwiGLU), "gelu" (exact, erf; torch's "gelu"), "gelu_tanh" (torch's
+            "gelu_pytorch_tanh", the default of `jax.nn.gelu`), or gpt-oss's "swiglu_clamped":
+            g = min(gate, 7), u = clip(up, -7, 7), g * sigmoid(1.702 g) * (u + 1).
+        weights_on_input: multiply gate_up's input by the router weight, and not down's output
+            (Llama-4).
+        implementation: None chooses; "cuda" or "xla" run or raise.
+
+    Returns:
+        `[..., N]`, x's dtype.
+
+    Raises:
+        TypeError: ids that are not integers or weights that are not floating point (perhaps they
+            are swapped); stacks of another dtype than x.
+        ValueError: shapes that do not fit, an unknown activation, host ids out of range.
+        NotImplementedError: `implementation="cuda"` cannot run here.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jax_marlin as jm
+        >>> gate_up = jm.quantize(jnp.ones((3, 32, 128)) / 32, group_size=32)
+        >>> down = jm.quantize(jnp.ones((3, 64, 32)) / 64, group_size=32)
+        >>> x = jnp.ones((5, 32))
+        >>> topk_weights, topk_ids = jm.route(jnp.ones((5, 3)), top_k=2)
+        >>> out = jm.moe_ffn(x, topk_ids, topk_weights, gate_up, down, activation="silu")
+        >>> out.shape, round(float(out[0, 0]), 2)
+        ((5, 32), 0.73)
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{_WHERE}: activation is {activation!r}, expected one of {sorted(ACTIVATIONS)}"
+        )
+    halves = tuple(gate_up) if isinstance(gate_up, tuple | list) else (gate_up,)
+    _check_stacks(halves, down)
+    x = checks.check_x(x, halves[0].k, halves[0].dtype, _WHERE)
+    checks.check_implementation(implementation, x.dtype, _WHERE)
+    ids, weights = _checked_routes(x.shape[:-1], topk_ids, topk_weights, down.num_experts)
+
+    @jax.custom_batching.custom_vmap
+    def layer(x, ids, weights, halves, down):
+        return _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation)
+
+    @layer.def_vmap
+    def _(axis_size, in_batched, x, ids, weights, halves, down):
+        batched = in_batched[:3]
+        if any(jax.tree.leaves(in_batched[3:])):  # other experts for each element of the batch
+            return _one_by_one(layer, in_batched, x, ids, weights, halves, down), True
+        folded = [
+            (a if b else jnp.broadcast_to(a, (axis_size, *a.shape))).reshape(-1, a.shape[-1])
+            for a, b in zip((x, ids, weights), batched, strict=True)
+        ]
+        out = layer(*folded, halves, down)
+        return out.reshape(axis_size, -1, out.shape[-1]), True
+
+    out = layer(x.reshape(-1, x.shape[-1]), ids, weights, halves, down)
+    return out.reshape(*x.shape[:-1], down.n_per_expert)
+
+
+def _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation):
+    """x `[T, H]`, ids int32 and weights float32 `[T, top_k]` -> `[T, N]`."""
+    num_tokens, top_k = ids.shape
+    num_experts = down.num_experts
+    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
+    routing = Routing(
+        *align_routed_rows(ids, moe_block_size, num_experts, implementation=implementation)
+    )
+
+    def product(rows, stack, top_k, row_weights, *, weights_before_bias=False):
+        return routed_matmul(
+            rows,
+            stack,
+            routing,
+            moe_block_size=moe_block_size,
+            top_k=top_k,
+            topk_weights=row_weights,
+            weights_before_bias=weights_before_bias,
+            zero_output=False,  # rows of dropped ids are masked below
+            preferred_element_type=jnp.float32,
+            implementation=implementation,
+            where=_WHERE,
+        )
+
+    row_weights = weights.reshape(-1)
+    # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
+    gate_up = [
+        product(x, half, top_k, row_weights, weights_before_bias=True)
+        if weights_on_input
+        else product(x, half, top_k, None)
+        for half in halves
+    ]  # float32 [R, 2I] or twice [R, I]
+    gate, up = jnp.split(gate_up[0], 2, axis=-1) if len(gate_up) == 1 else gate_up
+    hidden = ACTIVATIONS[activation](gate, up).astype(x.dtype)  # [R, I]
+    out = product(hidden, down, 1, None if weights_on_input else row_weights)  # float32 [R, N]
+
+    out = out.reshape(num_tokens, top_k, out.shape[-1])
+    routed = (ids >= 0) & (ids < num_experts)
+    total = jnp.zeros((num_tokens, out.shape[-1]), jnp.float32)
+    for slot in range(top_k):  # in this order, so that the rounding is the same in every run
+        total += jnp.where(routed[:, slot, None], out[:, slot], 0.0)
+    return total.astype(x.dtype)
+
+
+def _one_by_one(layer, in_batched, *args):
+    """`layer` for each element of the batch, where `in_batched` says which leaves have one."""
+    leaves, tree = jax.tree.flatten(args)
+    flags = jax.tree.leaves(in_batched)
+
+    def one(slices):
+        rest = iter(slices)
+        filled = [next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+        return layer(*jax.tree.unflatten(tree, filled))
+
+    return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
+
+
+def _check_stacks(halves: tuple, down: MarlinExpertStack) -> None:
+    names = {1: ("gate_up",), 2: ("gate", "up")}.get(len(halves))
+    if names is None:
+        raise ValueError(
+            f"{_WHERE}: gate_up holds {len(halves)} stacks, expected one or the pair (gate, up)"
+        )
+    for name, stack in zip((*names, "down"), (*halves, down), strict=True):
+        if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+            raise TypeError(
+                f"{_WHERE}: {name} is {type(stack).__name__}, expected a MarlinExpertStack with an"
+                " expert axis (see jm.load_gptq_stacked)"
+            )
+    letters, width = ("I", down.k) if len(halves) == 2 else ("2I", 2 * down.k)
+    expected = (down.num_experts, halves[0].k, width)
+    for name, half in zip(names, halves, strict=True):
+        if half.shape != expected:
+            raise ValueError(
+                f"{_WHERE}: {name} has shape {half.shape}, expected (E, H, {letters}) = {expected}"
+                f" beside down (E, I, N) = {down.shape}"
+            )
+        if half.dtype != down.dtype:
+            raise TypeError(
+                f"{_WHERE}: {name} computes in {half.dtype} and down in {down.dtype}; use"
+                f" {name}.astype(jnp.{down.dtype})"
+            )
+
+
+def _checked_routes(
+    token_shape: tuple[int, ...], topk_ids: ArrayLike, topk_weights: ArrayLike, num_experts: int
+) -> tuple[jax.Array, jax.Array]:
+    """(ids int32, weights float32), each `[T, top_k]`; host ids are checked, device ids are not."""
+    ids = topk_ids if isinstance(topk_ids, jax.Array) else np.asarray(topk_ids)
+    weights = jnp.asarray(topk_weights)
+    for name, array, kind in (
+        ("topk_ids", ids, jnp.integer),
+        ("topk_weights", weights, jnp.floating),
+    ):
+        if not jnp.issubdtype(array.dtype, kind):
+            raise TypeError(
+                f"{_WHERE}: {name} has dtype {array.dtype}, expected {kind.__name__}; are topk_ids"
+                " and topk_weights swapped? (route returns topk_weights, topk_ids)"
+            )
+    if ids.ndim == 0 or ids.shape[:-1] != token_shape or ids.shape[-1] == 0:
+        raise ValueError(
+            f"{_WHERE}: topk_ids has shape {ids.shape}, expected (..., top_k) with x's leading axes"
+            f" {token_shape} and top_k >= 1"
+        )
+    if weights.shape != ids.shape:
+        raise ValueError(
+            f"{_WHERE}: topk_weights has shape {weights.shape}, expected that of topk_ids,"
+            f" {ids.shape}"
+        )
+    rows = (-1, ids.shape[-1])
+    ids = as_expert_ids(ids.reshape(rows), num_experts, _WHERE)
+    return ids, weights.astype(jnp.float32).reshape(rows)

@@ -1,0 +1,225 @@
+"""moe_matmul: rows routed to experts times an expert stack, in one launch."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import xla
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_marlin import reference
+from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops.primitive import (
+    align_rows,
+    has_kernel,
+    map_sequentially,
+    or_empty,
+    register_lowerings,
+    result_aval,
+    set_batching,
+)
+from jax_marlin.weights import MarlinExpertStack
+
+TARGET = "jax_marlin_moe_matmul_v1"
+
+
+class Routing(NamedTuple):
+    """Which rows go to which expert, as `moe_align_block_size` returns it.
+
+    Block b holds slots [b * moe_block_size, (b + 1) * moe_block_size) and uses one expert. With
+    R = T * top_k routed rows, slot id s reads `x[s // top_k]` and writes row s of the result.
+    """
+
+    sorted_token_ids: ArrayLike  # int32[L], ids outside [0, R) are padding
+    expert_ids: ArrayLike  # int32[B], -1 skips the block
+    num_tokens_past_padded: ArrayLike  # int32[1], slots past it are not used
+
+
+def moe_matmul(
+    x: ArrayLike,
+    stack: MarlinExpertStack,
+    sorted_token_ids: ArrayLike,
+    expert_ids: ArrayLike,
+    num_tokens_past_padded: ArrayLike,
+    *,
+    moe_block_size: int,
+    top_k: int,
+    topk_weights: ArrayLike | None = None,
+) -> jax.Array:
+    """Multiplies each routed row by its expert's weight; accumulates in float32.
+
+    Args:
+        x: float[T, K] of the stack's dtype.
+        stack: E experts of shape (K, N).
+        sorted_token_ids: int32[L]; slot id s reads `x[s // top_k]` and writes row s of the result;
+            ids outside [0, T * top_k) are padding.
+        expert_ids: int32[B]; expert of each block of `moe_block_size` slots. -1 skips the block;
+            on the device, so does any id outside [0, E).
+        num_tokens_past_padded: int32[1]; slots in use, a multiple of `moe_block_size`.
+        moe_block_size: slots of one block.
+        top_k: routed rows of one row of x.
+        topk_weights: float[T * top_k] or [T, top_k], multiplies the finished row (bias included).
+
+    Returns:
+        float[T * top_k, N] of x's dtype. Rows that no used slot names are zero.
+
+    Raises:
+        TypeError: x has another dtype than the stack, or ids are not integers.
+        ValueError: a shape does not fit, or a host array holds an expert id outside [-1, E).
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, jax_marlin as jm
+        >>> stack = jm.quantize(np.ones((5, 64, 128), np.float32), group_size=32)
+        >>> routing = jm.moe_align_block_size(jnp.array([[4, 0], [4, 2], [0, 4]]), 8, 5)
+        >>> jm.moe_matmul(jnp.ones((3, 64)), stack, *routing, moe_block_size=8, top_k=2).shape
+        (6, 128)
+    """
+    routing = Routing(sorted_token_ids, expert_ids, num_tokens_past_padded)
+    return routed_matmul(
+        x, stack, routing,
+        moe_block_size=moe_block_size, top_k=top_k, topk_weights=topk_weights, where="moe_matmul",
+    )  # fmt: skip
+
+
+def routed_matmul(
+    x: ArrayLike,
+    stack: MarlinExpertStack,
+    routing: Routing,
+    *,
+    moe_block_size: int,
+    top_k: int,
+    topk_weights: ArrayLike | None = None,
+    weights_before_bias: bool = False,
+    zero_output: bool = True,
+    preferred_element_type: DTypeLike | None = None,
+    implementation: str | None = None,
+    where: str = "routed_matmul",
+) -> jax.Array:
+    """`moe_matmul` with the switches that the ops built on it need.
+
+    Args:
+        x, stack, routing, moe_block_size, top_k, topk_weights: as in `moe_matmul`.
+        weights_before_bias: acc * w + bias in place of (acc + bias) * w.
+        zero_output: False leaves rows that no used slot names undefined.
+        preferred_element_type: dtype of the result; None means `x.dtype`.
+        implementation: None, "cuda" or "xla".
+        where: public op that error messages name.
+
+    Returns:
+        float[T * top_k, N].
+    """
+    if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+        raise TypeError(f"{where}: stack is {stack!r}, expected a MarlinExpertStack of experts")
+    spec = stack.spec
+    x = checks.check_x(x, spec.k, stack.dtype, where, rank=2)
+    checks.check_implementation(implementation, x.dtype, where)
+    moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
+    top_k = checks.check_positive(top_k, "top_k", where)
+    slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
+    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
+    perm = stack.perm
+    if perm is not None and spec.shared_perm:
+        # One gather of x for all experts, and none for each routed row.
+        x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
+    out = _primitive.bind(
+        x,
+        stack.qweight,
+        stack.scales,
+        or_empty(stack.zero_points, stack.dtype),
+        or_empty(perm, jnp.int32),
+        or_empty(stack.bias, stack.dtype),
+        slots,
+        expert_ids,
+        used,
+        _flat_weights(topk_weights, x.shape[0] * top_k, where),
+        bits=spec.bits,
+        k=spec.k,
+        n=spec.n,
+        group_size=spec.group_size,
+        moe_block_size=moe_block_size,
+        top_k=top_k,
+        weights_before_bias=bool(weights_before_bias),
+        zero_output=bool(zero_output),
+        out_dtype=written,
+        implementation=implementation,
+    )
+    return out.astype(wanted)
+
+
+def _check_routing(routing, num_experts, moe_block_size, where):
+    """The three routing arrays as int32, with sizes that fit one another."""
+    checks.check_host_expert_ids(routing.expert_ids, num_experts, where)
+    slots, expert_ids, used = (
+        checks.check_ids(ids, name, where)
+        for name, ids in zip(Routing._fields, routing, strict=True)
+    )
+    if used.shape != (1,):
+        raise ValueError(f"{where}: num_tokens_past_padded has shape {used.shape}, expected (1,)")
+    num_blocks = -(-slots.shape[0] // moe_block_size)
+    if expert_ids.shape[0] != num_blocks:
+        raise ValueError(
+            f"{where}: expert_ids has shape {expert_ids.shape}, expected ({num_blocks},): one for "
+            f"each {moe_block_size} of the {slots.shape[0]} sorted_token_ids; was "
+            "moe_align_block_size called with another moe_block_size?"
+        )
+    return slots, expert_ids, used
+
+
+def _flat_weights(topk_weights, num_rows, where):
+    """Router weights as float32[R], or empty."""
+    if topk_weights is None:
+        return jnp.zeros((0,), jnp.float32)
+    weights = jnp.asarray(topk_weights)
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(
+            f"{where}: topk_weights has dtype {weights.dtype}, expected a float dtype; "
+            "are topk_ids and topk_weights swapped?"
+        )
+    if weights.ndim not in (1, 2) or math.prod(weights.shape) != num_rows:
+        raise ValueError(
+            f"{where}: topk_weights has shape {weights.shape}, expected T * top_k = {num_rows} "
+            "values"
+        )
+    return weights.reshape(num_rows).astype(jnp.float32)
+
+
+def _shape_rule(x, *operands, n, top_k, out_dtype, **_):
+    return result_aval((x.shape[0] * top_k, n), out_dtype, (x, *operands))
+
+
+def _default(*operands, zero_output, **params):
+    del zero_output  # rows that no slot names are always zero here
+    return reference.moe_matmul(*operands, **params)
+
+
+def _custom_call(x, qweight, scales, zero_points, perm, *rest, n, out_dtype, **params):
+    x = align_rows(x)
+    num_rows, num_slots = x.shape[0] * params["top_k"], rest[1].shape[0]
+    scratch_bytes = ffi_targets.scratch_bytes(
+        num_slots, params["moe_block_size"], params["k"], n, params["bits"]
+    )
+    # A permutation of each expert's own makes the handler gather every routed row first.
+    gathered = (num_rows, x.shape[1]) if perm.size else (0,)
+    results = (
+        jax.ShapeDtypeStruct((num_rows, n), out_dtype),
+        jax.ShapeDtypeStruct((scratch_bytes,), np.uint8),
+        jax.ShapeDtypeStruct(gathered, x.dtype),
+    )
+    attributes = {name: np.int64(value) for name, value in params.items()}
+    call = jax.ffi.ffi_call(TARGET, results)
+    return call(x, qweight, scales, zero_points, perm, *rest, **attributes)[0]
+
+
+def _batching(operands, dims, **params):
+    return map_sequentially(_primitive, operands, dims, params)
+
+
+_primitive = Primitive(TARGET)
+_primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+_primitive.def_abstract_eval(_shape_rule)
+register_lowerings(_primitive, _default, _custom_call, has_kernel)
+set_batching(_primitive, _batching)

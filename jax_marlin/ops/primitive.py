@@ -1,0 +1,117 @@
+"""What every primitive shares: result types, the pair of lowerings, sequential vmap."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+
+from jax_marlin.ops import checks, ffi_targets
+
+
+def result_aval(shape, dtype, operands):
+    """Result type for a shape rule: varies over every manual axis that any operand varies over.
+
+    Without that union, `jax.shard_map` would accept `out_specs` that are wrong.
+    """
+    varying = frozenset().union(*(a.manual_axis_type.varying for a in operands))
+    # Under shard_map some operands (constants) carry no mesh: take the one that does.
+    mesh = next((a.sharding.mesh for a in operands if not a.sharding.mesh.empty), None)
+    mesh = operands[0].sharding.mesh if mesh is None else mesh
+    return operands[0].update(
+        shape=shape,
+        dtype=jnp.dtype(dtype),
+        weak_type=False,
+        sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in shape))),
+        manual_axis_type=ManualAxisType(varying=varying),
+    )
+
+
+def register_lowerings(
+    primitive: Primitive,
+    default: Callable,
+    custom_call: Callable,
+    has_kernel: Callable[..., bool],
+) -> None:
+    """Lowers `primitive` to `custom_call` on CUDA where `has_kernel`, to `default` elsewhere.
+
+    Args:
+        primitive: takes a parameter `implementation`: None, "cuda" or "xla".
+        default: plain JAX; called with the operands and the other parameters.
+        custom_call: the same in terms of `jax.ffi.ffi_call`.
+        has_kernel: `(result avals, *operand avals, **parameters)` to whether our kernels take it.
+    """
+
+    def lower_function(function, ctx, operands, params):
+        # Inside shard_map the avals are typed with manual axes. The bodies are shard-local and
+        # build constants (loop counters, empty outputs) of the plain type: drop the types.
+        ctx = ctx.replace(avals_in=[_untyped(a) for a in ctx.avals_in])
+        lowered = mlir.lower_fun(function, multiple_results=primitive.multiple_results)
+        return lowered(ctx, *operands, **params)
+
+    def lower_default(ctx, *operands, implementation, **params):
+        if implementation == "cuda":
+            raise NotImplementedError(
+                f"{primitive.name}: implementation='cuda' was asked for, but the program is "
+                f"lowered for {', '.join(ctx.module_context.platforms)}; use implementation=None"
+            )
+        return lower_function(default, ctx, operands, params)
+
+    def lower_cuda(ctx, *operands, implementation, **params):
+        usable = ffi_targets.cuda_unavailable_reason() is None
+        if implementation == "xla" or not (usable and has_kernel(ctx.avals_out, *ctx.avals_in)):
+            return lower_function(default, ctx, operands, params)
+        ffi_targets.ensure_registered()
+        return lower_function(custom_call, ctx, operands, params)
+
+    mlir.register_lowering(primitive, lower_default)
+    mlir.register_lowering(primitive, lower_cuda, platform="cuda")
+
+
+def map_sequentially(primitive: Primitive, operands, dims, params):
+    """Batching rule: one bind after another (`lax.map`) over the mapped operands."""
+    mapped = [jnp.moveaxis(a, d, 0) for a, d in zip(operands, dims, strict=True) if d is not None]
+
+    def one(slices):
+        rest = iter(slices)
+        args = [a if d is None else next(rest) for a, d in zip(operands, dims, strict=True)]
+        return primitive.bind(*args, **params)
+
+    results = jax.lax.map(one, mapped)
+    return results, jax.tree.map(lambda _: 0, results)
+
+
+def set_batching(primitive: Primitive, rule: Callable) -> None:
+    """Registers `rule(operands, dims, **parameters)`."""
+    batching.primitive_batchers[primitive] = rule
+
+
+def or_empty(leaf, dtype) -> jax.Array:
+    """An absent optional operand is an empty array: every primitive has one operand list."""
+    return jnp.zeros((0,), dtype) if leaf is None else leaf
+
+
+def has_kernel(results, x, *_) -> bool:
+    """Whether our GEMM kernels take the call: 16-bit x, and something to compute."""
+    return x.dtype in checks.KERNEL_DTYPES and not any(_is_zero(d) for d in results[0].shape)
+
+
+def align_rows(x):
+    """Pads columns so that rows of 16-bit values start at multiples of 16 bytes.
+
+    Kernels take `x.shape[1]` as the row stride and never read past the logical K.
+    """
+    padding = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, padding))) if padding else x
+
+
+def _is_zero(dim):
+    return isinstance(dim, int) and dim == 0  # a symbolic batch is at least 1
+
+
+def _untyped(aval):
+    if not aval.manual_axis_type.varying:
+        return aval
+    return aval.update(manual_axis_type=ManualAxisType())

@@ -1,0 +1,161 @@
+"""What the ops mean, in plain float32 JAX: the default lowering where our kernels do not run.
+
+Both functions take the operands of their primitive (absent optional operands are empty arrays)
+and hold ONE dequantized expert at a time, so peak memory does not grow with experts or tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_marlin import layout
+
+
+def dequantize_expert(
+    qweight: jax.Array,
+    scales: jax.Array,
+    zero_points: jax.Array,
+    expert: jax.Array,
+    *,
+    bits: int,
+    k: int,
+    n: int,
+    group_size: int,
+    first_tile: int = 0,
+) -> jax.Array:
+    """Dequantizes columns [64 * first_tile, 64 * first_tile + n) of one expert.
+
+    Args:
+        qweight: uint32[E, n_tiles, k_tiles, words].
+        scales: float[E, n_tiles, G, 64].
+        zero_points: like `scales`, or empty for symmetric weights.
+        expert: int32 scalar, clamped to [0, E).
+        bits: 4 or 8.
+        k: rows of the result.
+        n: columns of the result.
+        group_size: rows that share a scale.
+        first_tile: first column tile.
+
+    Returns:
+        float32[k, n], rows in packed (group) order.
+    """
+    tiles = slice(first_tile, first_tile + -(-n // layout.TILE))
+    codes = layout.unpack_tiles(_of_expert(qweight, expert)[tiles], bits)[:k, :n]
+
+    def per_row(grouped):  # [n_tiles, G, 64] -> [k, n]
+        columns = layout.unpack_columns(_of_expert(grouped, expert)[tiles])[:, :n]
+        return jnp.repeat(columns.astype(jnp.float32), group_size, axis=0)[:k]
+
+    zeros = per_row(zero_points) if zero_points.size else jnp.float32(2 ** (bits - 1))
+    return (codes.astype(jnp.float32) - zeros) * per_row(scales)
+
+
+def matmul(
+    x: jax.Array,
+    qweight: jax.Array,
+    scales: jax.Array,
+    zero_points: jax.Array,
+    bias: jax.Array,
+    expert: jax.Array,
+    *,
+    bits: int,
+    k: int,
+    n: int,
+    group_size: int,
+    first_tile: int,
+    out_dtype,
+) -> jax.Array:
+    """`x[M, k]` times one expert's columns, plus bias (`[E, N]` the stack's, `[n]` the view's)."""
+    weight = dequantize_expert(
+        qweight, scales, zero_points, expert,
+        bits=bits, k=k, n=n, group_size=group_size, first_tile=first_tile,
+    )  # fmt: skip
+    out = _dot(x, weight)
+    if bias.size:
+        first = first_tile * layout.TILE
+        row = bias if bias.ndim == 1 else _of_expert(bias, expert)[first : first + n]
+        out = out + row.astype(jnp.float32)[None, :]
+    return out.astype(out_dtype)
+
+
+def moe_matmul(
+    x: jax.Array,
+    qweight: jax.Array,
+    scales: jax.Array,
+    zero_points: jax.Array,
+    perm: jax.Array,
+    bias: jax.Array,
+    sorted_token_ids: jax.Array,
+    expert_ids: jax.Array,
+    num_tokens_past_padded: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    bits: int,
+    k: int,
+    n: int,
+    group_size: int,
+    moe_block_size: int,
+    top_k: int,
+    weights_before_bias: bool,
+    out_dtype,
+) -> jax.Array:
+    """Block b of `moe_block_size` slots uses expert `expert_ids[b]`; slot s reads `x[s // top_k]`.
+
+    Walks runs of blocks with one expert: each run dequantizes once. Returns `[T * top_k, n]`;
+    rows that no slot of a used block names are zero.
+    """
+    num_experts, num_rows, num_blocks = qweight.shape[0], x.shape[0] * top_k, expert_ids.shape[0]
+    out = jnp.zeros((num_rows, n), out_dtype)
+    if out.size == 0 or num_blocks == 0:
+        return out
+    used_blocks = -(-num_tokens_past_padded[0] // moe_block_size)
+    used_blocks = jnp.minimum(used_blocks, num_blocks).astype(jnp.int32)
+
+    def one_run(state):  # all blocks from `block` on that use the same expert
+        block, _ = state
+        expert = expert_ids[block]
+        weight = dequantize_expert(
+            qweight, scales, zero_points, expert, bits=bits, k=k, n=n, group_size=group_size
+        )
+
+        def one_block(state):
+            block, out = state
+            slots = sorted_token_ids.at[block * moe_block_size + jnp.arange(moe_block_size)].get(
+                mode="fill", fill_value=num_rows
+            )
+            valid = (slots >= 0) & (slots < num_rows) & (expert >= 0) & (expert < num_experts)
+            rows = x.at[slots // top_k].get(mode="clip")  # [moe_block_size, k]
+            if perm.size:
+                rows = rows[:, _of_expert(perm, expert)]
+            y = _dot(rows, weight)
+            row_weights = None
+            if topk_weights.size:
+                row_weights = topk_weights.at[slots].get(mode="clip")[:, None]
+            if weights_before_bias and row_weights is not None:
+                y = y * row_weights
+            if bias.size:
+                y = y + _of_expert(bias, expert).astype(jnp.float32)[None, :]
+            if not weights_before_bias and row_weights is not None:
+                y = y * row_weights
+            # Padding slots are sent past the end, where the scatter drops them.
+            target = jnp.where(valid, slots, num_rows)
+            return block + 1, out.at[target].set(y.astype(out_dtype), mode="drop")
+
+        def same_expert(state):
+            block, _ = state
+            return (block < used_blocks) & (expert_ids[block] == expert)
+
+        return lax.while_loop(same_expert, one_block, state)
+
+    start = (jnp.int32(0), out)
+    return lax.while_loop(lambda state: state[0] < used_blocks, one_run, start)[1]
+
+
+def _of_expert(leaf, expert):
+    """`leaf[expert]` with the index clamped to the expert axis: never out of bounds."""
+    return lax.dynamic_index_in_dim(leaf, jnp.clip(expert, 0, leaf.shape[0] - 1), 0, False)
+
+
+def _dot(rows, weight):
+    """float32 product: no platform's faster, coarser default."""
+    return jnp.matmul(rows.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)

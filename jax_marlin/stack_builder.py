@@ -1,0 +1,240 @@
+"""StackBuilder: fills one preallocated expert stack on the host, one expert at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_marlin.canonical import SCALE_DTYPES, CanonicalLinear, is_identity, same_perm
+from jax_marlin.layout import TILE, pack_columns, pack_tiles
+from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.weights import MarlinExpertStack
+
+_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a host buffer to take it over without a copy
+_TILES_AT_ONCE = (
+    4  # column tiles packed together: the temporaries of K x 256 codes stay in the cache
+)
+
+
+class StackBuilder:
+    """Packs experts into the leaves of one stack; peak host memory is the stack plus one expert.
+
+    The optional leaves (zero_points, perm, bias) come into being with the first expert that needs
+    them; experts before and after hold the neutral value (`2**(bits - 1)`, the identity, zero).
+
+    >>> import numpy as np
+    >>> spec = QuantSpec.create(bits=4, group_size=32, k=64, n=80)
+    >>> builder = StackBuilder(2, spec, np.float32)
+    >>> weight = CanonicalLinear(np.full((64, 80), 11, np.uint8), np.ones((2, 80), np.float32))
+    >>> builder.set_expert(0, weight)
+    >>> builder.set_expert(1, weight)
+    >>> float(builder.finish().dequantize()[1, 5, 7])
+    3.0
+    """
+
+    def __init__(self, num_experts: int, spec: QuantSpec, dtype: DTypeLike) -> None:
+        """Reserves the leaves; the memory is touched only when an expert is written.
+
+        Args:
+            num_experts: E, at least 1; a dense weight is a stack of one.
+            spec: what every expert is.
+            dtype: compute dtype (float16, bfloat16 or float32) of scales, zero points and bias.
+
+        Raises:
+            ValueError: `num_experts` is below 1.
+            TypeError: `dtype` is not a compute dtype.
+        """
+        if num_experts < 1:
+            raise ValueError(f"StackBuilder: num_experts is {num_experts}, expected at least 1")
+        self._dtype = np.dtype(dtype)
+        if self._dtype not in SCALE_DTYPES:
+            raise TypeError(
+                f"StackBuilder: dtype is {self._dtype}, expected float16, bfloat16 or float32"
+            )
+        self._num_experts = num_experts
+        self._spec = spec
+        tiles = (num_experts, spec.n_tiles, spec.k_tiles, spec.words_per_tile)
+        self._leaves: dict[str, np.ndarray | None] | None = {
+            "qweight": _aligned_zeros(tiles, np.dtype(np.uint32)),
+            "scales": _aligned_zeros(self._scales_shape, self._dtype),
+            "zero_points": None,
+            "perm": None,
+            "bias": None,
+        }
+        self._written = np.zeros((num_experts, spec.n_tiles), bool)
+
+    @property
+    def _scales_shape(self) -> tuple[int, ...]:
+        return (self._num_experts, self._spec.n_tiles, self._spec.num_groups, TILE)
+
+    def set_expert(
+        self,
+        e: int,
+        canonical: CanonicalLinear,
+        where: str | None = None,
+        columns: slice | None = None,
+    ) -> None:
+        """Packs one expert, or some of its columns.
+
+        Args:
+            e: which expert, 0 <= e < E.
+            canonical: its weight; [K, N], or [K, stop - start] with `columns`.
+            where: the module that errors are reported for.
+            columns: the columns to write, so that gate and up need not be joined first; starts at a
+                multiple of 64 and ends at one, or at N.
+
+        Raises:
+            IndexError: no such expert.
+            TypeError: an array of the weight has the wrong dtype.
+            ValueError: the weight does not fit the spec, a scale overflows the compute dtype,
+                `columns` are off the tiles, or two column ranges have different permutations.
+        """
+        where = f"StackBuilder.set_expert({e})" if where is None else where
+        leaves = self._open_leaves()
+        if not 0 <= e < self._num_experts:
+            raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
+        start, stop = _column_range(columns, self._spec.n, where)
+        spec = dataclasses.replace(self._spec, n=stop - start)
+        canonical.check(spec, where)
+        first, last = start // TILE, start // TILE + spec.n_tiles
+        others = np.delete(self._written[e], slice(first, last))
+        self._set_perm(e, canonical.perm, bool(others.any()), where)
+
+        scales = self._cast(canonical.scales, "scales", where)
+        leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
+        for tile in range(0, spec.n_tiles, _TILES_AT_ONCE):
+            codes = _padded_codes(canonical, spec, tile, min(tile + _TILES_AT_ONCE, spec.n_tiles))
+            packed = pack_tiles(codes, spec.bits)
+            leaves["qweight"][e, first + tile : first + tile + packed.shape[0]] = packed
+
+        neutral = spec.symmetric_zero_point
+        if canonical.zero_points is not None:
+            leaf = self._optional_leaf("zero_points", self._scales_shape, self._dtype, neutral)
+            leaf[e, first:last] = pack_columns(_pad_columns(canonical.zero_points, neutral))
+        elif leaves["zero_points"] is not None:
+            leaves["zero_points"][e, first:last] = neutral
+
+        if canonical.bias is not None:
+            bias = self._cast(canonical.bias, "bias", where)
+            leaf = self._optional_leaf("bias", (self._num_experts, self._spec.n), self._dtype, 0)
+            leaf[e, start:stop] = bias
+        elif leaves["bias"] is not None:
+            leaves["bias"][e, start:stop] = 0
+        self._written[e, first:last] = True
+
+    def finish(self) -> MarlinExpertStack:
+        """Moves the leaves to the default device one by one, freeing the host's; ends the builder.
+
+        On a CPU the aligned leaves are handed over without a copy.
+
+        Raises:
+            ValueError: experts or columns were never set, or `finish` was called before.
+        """
+        leaves = self._open_leaves()
+        missing = np.flatnonzero(~self._written.any(axis=1)).tolist()
+        if missing:
+            raise ValueError(f"StackBuilder.finish: missing experts {missing}")
+        partial = np.flatnonzero(~self._written.all(axis=1)).tolist()
+        if partial:
+            raise ValueError(f"StackBuilder.finish: experts {partial} lack some of their columns")
+        perm = leaves["perm"]
+        shared = perm is not None and bool((perm == perm[:1]).all())
+        self._leaves = None
+        arrays = {}
+        for name in list(leaves):
+            leaf = leaves.pop(name)
+            # waiting here lets the host's copy go before the next leaf starts to travel
+            arrays[name] = (
+                None
+                if leaf is None
+                else jax.block_until_ready(jax.device_put(leaf, may_alias=True))
+            )
+        return MarlinExpertStack(**arrays, spec=dataclasses.replace(self._spec, shared_perm=shared))
+
+    def _open_leaves(self) -> dict:
+        if self._leaves is None:
+            raise ValueError("StackBuilder: finish() was already called; start a new builder")
+        return self._leaves
+
+    def _optional_leaf(self, name: str, shape: tuple, dtype: np.dtype, neutral: int) -> np.ndarray:
+        leaves = self._open_leaves()
+        if leaves[name] is None:
+            leaves[name] = _aligned_zeros(shape, dtype)
+            leaves[name][...] = neutral
+        return leaves[name]
+
+    def _set_perm(self, e: int, perm: np.ndarray | None, must_agree: bool, where: str) -> None:
+        leaf = self._open_leaves()["perm"]
+        if must_agree and not same_perm(perm, None if leaf is None else leaf[e]):
+            raise ValueError(
+                f"{where}: these columns have another act-order permutation (g_idx) than the "
+                f"columns of expert {e} set before; keep gate and up as a pair of stacks"
+            )
+        if leaf is None and is_identity(perm):
+            return
+        if leaf is None:
+            leaf = self._optional_leaf(
+                "perm", (self._num_experts, self._spec.k), np.dtype(np.int32), 0
+            )
+            leaf[...] = np.arange(self._spec.k, dtype=np.int32)
+        leaf[e] = np.arange(self._spec.k) if perm is None else perm
+
+    def _cast(self, a: np.ndarray, name: str, where: str) -> np.ndarray:
+        if a.dtype == self._dtype:
+            return a
+        with np.errstate(over="ignore"):
+            cast = a.astype(self._dtype)
+        if not np.isfinite(cast).all():
+            largest = float(np.abs(a.astype(np.float32)).max())
+            raise ValueError(
+                f"{where}: {name} up to {largest:g} overflow {self._dtype}; use dtype=bfloat16 "
+                "or float32"
+            )
+        return cast
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros with an aligned first byte; the system provides each page when it is written."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _column_range(columns: slice | None, n: int, where: str) -> tuple[int, int]:
+    if columns is None:
+        return 0, n
+    start = 0 if columns.start is None else columns.start
+    stop = n if columns.stop is None else columns.stop
+    aligned = start % TILE == 0 and (stop % TILE == 0 or stop == n) and columns.step in (None, 1)
+    if not (aligned and 0 <= start < stop <= n):
+        raise ValueError(
+            f"{where}: columns are {start}:{stop} of {n}, expected multiples of {TILE} or the end; "
+            "join the parts with canonical.concat_columns and set the whole expert"
+        )
+    return start, stop
+
+
+def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
+    """[G, n] to [G, a multiple of 64]."""
+    return np.pad(a, ((0, 0), (0, -a.shape[1] % TILE)), constant_values=value)
+
+
+def _padded_codes(canonical: CanonicalLinear, spec: QuantSpec, first: int, last: int) -> np.ndarray:
+    """Codes of column tiles [first, last), uint8 [K to 64, 64 (last - first)].
+
+    Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
+    """
+    columns = slice(first * TILE, last * TILE)
+    codes = canonical.codes[:, columns]
+    shape = (spec.k_tiles * TILE, (last - first) * TILE)
+    if codes.shape == shape:
+        return codes
+    padded = np.full(shape, spec.symmetric_zero_point, np.uint8)
+    padded[: spec.k, : codes.shape[1]] = codes
+    if canonical.zero_points is not None:
+        padded[spec.k :, : codes.shape[1]] = canonical.zero_points[-1, columns]
+    return padded

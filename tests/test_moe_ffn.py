@@ -1,0 +1,278 @@
+"""moe_ffn: a whole layer against the float64 oracle with an error budget carried through it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from problems import Problem, build, implementation, poison
+
+from jax_marlin.ops import ffi_targets
+from jax_marlin.ops.moe_ffn import moe_ffn
+
+ORACLE_NAMES = {"swiglu_clamped": "swiglu_oai"}
+
+
+@dataclasses.dataclass
+class Layer:
+    """Two problems' cases as one layer: gate_up [E, H, 2I] and down [E, I, N]."""
+
+    gate_up: object
+    down: object
+
+    @property
+    def x(self):
+        return jnp.asarray(self.gate_up.x)
+
+    @property
+    def routes(self):
+        return jnp.asarray(self.gate_up.topk_ids), jnp.asarray(self.gate_up.topk_weights)
+
+    def stacks(self):
+        return self.gate_up.stack(), self.down.stack()
+
+
+def build_layer(name: str, *, intermediate: int = 72, n: int = 136, **fields) -> Layer:
+    """I is off the tile by default, so that up starts inside a tile."""
+    fields = {"k": 96, "group_size": 32, "num_experts": 5, "m": 7, "top_k": 3} | fields
+    gate_up = build(Problem(f"{name}_gate_up", n=2 * intermediate, **fields))
+    down = {"group_size": intermediate, "g_idx": "none"} if intermediate % 32 else {}
+    down = build(Problem(f"{name}_down", **(fields | {"k": intermediate, "n": n} | down)))
+    return Layer(gate_up, down)
+
+
+def expected(layer: Layer, activation="silu", *, weights_on_input=False, x=None, ids=None):
+    """float64 result and budget of each element: every step's own error, carried to the end."""
+    gate_up, down = layer.gate_up, layer.down
+    dtype, eps = gate_up.x.dtype, oracle.epsilon(gate_up.x.dtype)
+    x = np.asarray(gate_up.x if x is None else x).astype(np.float64)
+    ids = gate_up.topk_ids if ids is None else ids
+    name = ORACLE_NAMES.get(activation, activation)
+    y = np.zeros((len(x), down.weights.shape[2]))
+    budget = np.zeros(y.shape)
+    for (token, slot), expert in np.ndenumerate(ids):
+        if not 0 <= expert < len(gate_up.weights):
+            continue
+        weight = float(gate_up.topk_weights[token, slot])
+        w1, w2 = gate_up.weights[expert], down.weights[expert]
+        b1, b2 = (None if c.bias is None else c.bias[expert].astype(float) for c in (gate_up, down))
+        row = x[token] * (weight if weights_on_input else 1.0)
+        z, z_error = oracle.matmul(row, w1, b1), oracle.matmul_budget(row, w1, dtype, b1)
+        h = oracle.activate(z, name)
+        gate, up = np.split(z, 2)
+        gate_error, up_error = np.split(z_error, 2)
+        one = 0.0 if activation == "swiglu_clamped" else 1.0  # the up that is a factor of 1
+        act = np.abs(oracle.activate(np.concatenate([gate, np.full_like(gate, one)]), name))
+        # No activation here is steeper than 1.2, and |factor of up| <= |up| + 1.
+        h_error = 1.2 * gate_error * (np.abs(up) + 1 + up_error) + act * up_error + eps * np.abs(h)
+        out_weight = 1.0 if weights_on_input else weight
+        y[token] += out_weight * oracle.matmul(h, w2, b2)
+        budget[token] += out_weight * (
+            oracle.matmul_budget(h, w2, dtype, b2) + h_error @ np.abs(w2)
+        )
+    return y, budget + eps * np.abs(y)
+
+
+LAYERS = {
+    "float32": {"dtype": "float32"},
+    "float16_v1_zeros_bias": {"zeros": "v1", "bias": True},
+    "bfloat16_8bit_v2_zeros": {"dtype": "bfloat16", "bits": 8, "zeros": "v2"},
+    "g_idx_per_expert": {"g_idx": "per_expert", "intermediate": 96, "bias": True},
+    "g_idx_shared_bfloat16": {"g_idx": "shared", "intermediate": 64, "dtype": "bfloat16"},
+    "one_token_one_expert": {"m": 1, "top_k": 1},
+    "many_tokens": {"m": 130, "top_k": 2, "num_experts": 3, "dtype": "bfloat16"},
+    "no_tokens": {"m": 0},
+    "skipped_slots_and_tokens": {"m": 23, "routing": "skips", "bias": True},
+    "nobody": {"routing": "nobody"},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, backend):
+    layer = build_layer(name, **LAYERS[name])
+    out = jax.jit(moe_ffn, static_argnames="implementation")(
+        layer.x, *layer.routes, *layer.stacks(),
+        implementation=implementation(backend, layer.x.dtype.name),
+    )  # fmt: skip
+    assert out.dtype == layer.x.dtype
+    oracle.assert_within(out, *expected(layer))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_clamped"])
+@pytest.mark.parametrize("weights_on_input", [False, True])
+def test_activation(activation, weights_on_input):
+    """x is scaled so that gates and ups pass the clamps of swiglu on both sides."""
+    layer = build_layer(activation, dtype="float32", bias=True, k=128, intermediate=128)
+    x = 8 * layer.x
+    z = oracle.routed_rows(x, layer.gate_up.weights, layer.gate_up.topk_ids, layer.gate_up.bias)
+    assert z.max() > 7 > -7 > z.min()
+    out = moe_ffn(
+        x, *layer.routes, *layer.stacks(),
+        activation=activation, weights_on_input=weights_on_input,
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer, activation, weights_on_input=weights_on_input, x=x))
+
+
+def test_weights_on_input_differ_from_weights_on_output():
+    layer = build_layer("llama4", dtype="float32", top_k=1, bias=True)
+    on_input, on_output = (
+        moe_ffn(layer.x, *layer.routes, *layer.stacks(), weights_on_input=flag)
+        for flag in (True, False)
+    )
+    assert float(jnp.abs(on_input - on_output).min()) > 1e-5
+
+
+def test_gate_and_up_as_a_pair_with_their_own_act_order(backend):
+    """The pair computes what one stack of the joined columns would, had it one permutation."""
+    fields = {"g_idx": "per_expert", "bias": True, "k": 96, "group_size": 32, "num_experts": 5}
+    gate = build(Problem("gate", n=72, m=7, top_k=3, **fields))
+    up = build(Problem("up", n=72, **fields))
+    down = build_layer("pair_down").down
+    joined = dataclasses.replace(
+        gate,
+        weights=np.concatenate([gate.weights, up.weights], axis=2),
+        bias=np.concatenate([gate.bias, up.bias], axis=1),
+    )
+    layer = Layer(joined, down)
+    out = moe_ffn(
+        layer.x, *layer.routes, (gate.stack(), up.stack()), down.stack(),
+        implementation=implementation(backend, "float16"),
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer))
+
+
+@pytest.mark.parametrize("wild", [-1, 5, -(2**31), 2**31 - 1])
+def test_wild_ids_of_the_device_contribute_nothing(wild, backend):
+    """Neither their weights (NaN) nor unused experts (NaN scales) nor unwritten rows may leak."""
+    layer = build_layer("wild", m=9)
+    ids = np.where(layer.gate_up.topk_ids < 2, wild, layer.gate_up.topk_ids).astype(np.int32)
+    weights = jnp.where(ids == wild, jnp.nan, layer.routes[1])
+    used = [e for e in range(5) if (ids == e).any()]
+    gate_up, down = (poison(stack, used) for stack in layer.stacks())
+    out = moe_ffn(
+        layer.x, jnp.asarray(ids), weights, gate_up, down,
+        implementation=implementation(backend, "float16"),
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer, ids=ids))
+
+
+def test_leading_axes():
+    layer = build_layer("lead", m=6, dtype="float32")
+    ids, weights = layer.routes
+    flat = moe_ffn(layer.x, ids, weights, *layer.stacks())
+    for lead in ((2, 3), (1, 6, 1)):
+        args = (a.reshape(*lead, a.shape[-1]) for a in (layer.x, ids, weights))
+        out = moe_ffn(*args, *layer.stacks())
+        assert out.shape == (*lead, 136)
+        np.testing.assert_array_equal(out.reshape(6, 136), flat)
+    one = moe_ffn(layer.x[4], ids[4], weights[4], *layer.stacks())
+    np.testing.assert_allclose(one, flat[4], rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_folds_a_batch_of_tokens_into_one_layer():
+    layer = build_layer("fold", m=6, dtype="float32")
+    args = [a.reshape(2, 3, a.shape[-1]) for a in (layer.x, *layer.routes)]
+    batched = jax.vmap(moe_ffn, in_axes=(0, 0, 0, None, None))
+    out = jax.jit(batched)(*args, *layer.stacks())
+    y, budget = expected(layer)
+    oracle.assert_within(out.reshape(6, 136), y, budget)
+    assert "while" not in str(jax.make_jaxpr(batched)(*args, *layer.stacks()))
+    same_routes = jax.vmap(moe_ffn, in_axes=(0, None, None, None, None))(
+        jnp.stack([layer.x, layer.x]), *layer.routes, *layer.stacks()
+    )
+    oracle.assert_within(same_routes[1], y, budget)
+
+
+def test_vmap_over_layers():
+    layers = [build_layer(f"vmapped_{i}", dtype="float32") for i in range(2)]
+    stacks = [
+        jax.tree.map(lambda *a: jnp.stack(a), *s)
+        for s in zip(*[l.stacks() for l in layers], strict=True)
+    ]
+    first = layers[0]
+    out = jax.vmap(moe_ffn, in_axes=(None, None, None, 0, 0))(first.x, *first.routes, *stacks)
+    for i, layer in enumerate(layers):
+        mixed = Layer(
+            dataclasses.replace(
+                layer.gate_up,
+                topk_ids=first.gate_up.topk_ids,
+                topk_weights=first.gate_up.topk_weights,
+            ),
+            layer.down,
+        )
+        oracle.assert_within(out[i], *expected(mixed, x=first.x))
+
+
+def test_same_inputs_same_bits():
+    layer = build_layer("bits", m=37, dtype="bfloat16")
+    layer_fn, stacks = jax.jit(moe_ffn), layer.stacks()
+    first = layer_fn(layer.x, *layer.routes, *stacks)
+    np.testing.assert_array_equal(first, layer_fn(layer.x, *layer.routes, *stacks))
+
+
+def test_narrow_ids_and_half_precision_weights_are_accepted():
+    layer = build_layer("narrow", dtype="float32")
+    ids, weights = layer.routes
+    rounded = weights.astype(jnp.bfloat16)
+    layer.gate_up.topk_weights[:] = rounded.astype(jnp.float32)
+    out = moe_ffn(layer.x, ids.astype(jnp.uint8), rounded, *layer.stacks())
+    oracle.assert_within(out, *expected(layer))
+
+
+def test_cuda_lowering_calls_align_and_two_products(monkeypatch):
+    monkeypatch.setattr(ffi_targets, "cuda_unavailable_reason", lambda: None)
+    monkeypatch.setattr(ffi_targets, "ensure_registered", lambda: None)
+    monkeypatch.setattr(ffi_targets, "scratch_bytes", lambda *_: 128)
+    layer = build_layer("lowered")
+    traced = jax.jit(moe_ffn).trace(layer.x, *layer.routes, *layer.stacks())
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@jax_marlin_moe_align_block_size_v1") == 1
+    assert text.count("@jax_marlin_moe_matmul_v1") == 2
+
+
+LAYER = build_layer("errors", dtype="float32")
+GATE_UP, DOWN = LAYER.stacks()
+ARGUMENTS = {
+    "x": np.asarray(LAYER.x),
+    "topk_ids": LAYER.gate_up.topk_ids,
+    "topk_weights": LAYER.gate_up.topk_weights,
+    "gate_up": GATE_UP,
+    "down": DOWN,
+}
+X, IDS, WEIGHTS = (ARGUMENTS[name] for name in ("x", "topk_ids", "topk_weights"))
+ERRORS = [
+    (
+        {"topk_ids": WEIGHTS, "topk_weights": IDS},
+        TypeError,
+        "topk_ids has dtype float32, expected integer; are topk_ids and topk_weights swapped",
+    ),
+    ({"topk_weights": IDS}, TypeError, "topk_weights has dtype int32, expected floating; .*swapped"),
+    ({"topk_ids": IDS + 3}, ValueError, r"topk_ids holds \d, expected -1 \(dropped\) or 0 .. 4"),
+    ({"topk_ids": IDS - 2}, ValueError, "topk_ids holds -2"),
+    ({"topk_ids": IDS[:-1]}, ValueError, r"topk_ids has shape \(6, 3\), .*leading axes \(7,\)"),
+    ({"topk_ids": IDS[:, :0]}, ValueError, r"topk_ids has shape \(7, 0\), .*top_k >= 1"),
+    ({"topk_weights": WEIGHTS[:, :2]}, ValueError, r"topk_weights has shape \(7, 2\), expected"),
+    ({"x": X[:, :95]}, ValueError, r"x has shape \(7, 95\)"),
+    ({"x": X.astype(np.float16)}, TypeError, "x has dtype float16 .*w.astype"),
+    ({"gate_up": DOWN, "down": GATE_UP}, ValueError, r"gate_up has shape .*expected \(E, H, 2I\)"),
+    ({"gate_up": (GATE_UP, GATE_UP)}, ValueError, r"gate has shape .*expected \(E, H, I\)"),
+    ({"gate_up": (GATE_UP,) * 3}, ValueError, "gate_up holds 3 stacks"),
+    ({"gate_up": X}, TypeError, "gate_up is ndarray, expected a MarlinExpertStack"),
+    ({"down": jax.tree.map(lambda a: a[0], DOWN)}, TypeError, "down is MarlinExpertStack, expected"),
+    ({"down": DOWN[:4]}, ValueError, r"gate_up has shape \(5, 96, 144\), expected .* \(4, 96, 144\)"),
+    ({"down": DOWN.astype(jnp.float16)}, TypeError, r".*down in float16; use gate_up.astype"),
+    ({"activation": "swish"}, ValueError, "activation is 'swish', expected one of .*'silu'"),
+    ({"implementation": "cuda"}, NotImplementedError, "implementation='cuda'"),  # float32
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS)
+def test_errors_name_the_argument(changes, error, message):
+    with pytest.raises(error, match="^moe_ffn: " + message):
+        moe_ffn(**(ARGUMENTS | changes))
+
+
+def test_the_arguments_that_the_errors_change_are_accepted():
+    oracle.assert_within(moe_ffn(**ARGUMENTS), *expected(LAYER))

@@ -1,0 +1,91 @@
+"""What the README shows is true: its examples run, and the commands and names it mentions exist."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_marlin as jm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    command.strip()
+    for language, code in BLOCKS
+    if language == ""
+    for line in code.splitlines()
+    for command in line.split("&&")
+]
+
+
+def test_examples_run():
+    names: dict = {}
+    for code in PYTHON_BLOCKS:  # later blocks use names of earlier ones, as a reader would
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["y"].shape == (5, 256) and names["y"].dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(names["y"]).all()) and float(jnp.abs(names["y"]).max()) > 0
+    assert isinstance(names["logits"], jax.Array) and names["logits"].ndim == 3
+
+
+def test_first_screen():
+    assert len([line for line in PYTHON_BLOCKS[0].splitlines() if line]) <= 15
+    assert COMMANDS[:4] == [
+        "pip install .",
+        "jax-marlin generate",
+        "pip install '.[test]'",
+        "pytest",
+    ]
+    # Measured rows are written between these two lines.
+    assert README.index("<!-- bench:begin -->") < README.index("<!-- bench:end -->")
+
+
+def test_ci_runs_the_commands_of_the_first_screen():
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "pip install . && jax-marlin generate" in ci
+    assert "pip install '.[test]' && pytest" in ci
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("jax-marlin")}))
+def test_subcommand_exists(command):
+    assert PROJECT["scripts"]["jax-marlin"].startswith("jax_marlin.")
+    _, subcommand, *options = command.split()
+    package = str(Path(jm.__file__).parent.parent)
+    shown = subprocess.run(
+        [sys.executable, "-m", "jax_marlin", subcommand, "--help"],
+        env={**os.environ, "PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for option in options:
+        if option.startswith("--"):
+            assert option in shown
+
+
+def test_extras_exist():
+    extras = set(re.findall(r"'\.\[(\w+)\]'", README))
+    assert {"test", "cuda12", "cuda13"} <= extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_public_names_exist():
+    names = set(re.findall(r"\bjm\.(\w+)", README))
+    assert names <= set(jm.__all__)
+    for submodule, name in re.findall(r"\b(?:jm\.)?(models|checkpoints)\.(\w+)", README):
+        assert hasattr(getattr(jm, submodule), name)
+
+
+def test_named_files_exist():
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    quoted = re.findall(r"`([\w./]+/[\w.]+\.(?:py|ipynb|cc|cuh))`", README)
+    assert linked and quoted
+    missing = [name for name in {*linked, *quoted} if not (ROOT / name).is_file()]
+    assert not missing
