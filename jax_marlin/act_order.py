@@ -103,7 +103,7 @@ def fold_act_order(gate_up: Any, down: Any) -> Any:
         TypeError: not expert stacks, or called under `jax.jit`.
         ValueError: numbers of experts or sizes disagree.
 
-    Source: `jax_marlin` README, "Act-order". vLLM and SGLang gather before both products.
+    Source: GPTQ `desc_act` as in this file's head; vLLM and SGLang gather before both products.
 
     >>> import jax_marlin as jm, numpy as np
     >>> rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+// The kernel for bfloat16 activations and 8-bit weights, at every tile.
+
 #include "instances.cuh"
 
 namespace jax_marlin {

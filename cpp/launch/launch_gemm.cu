@@ -1,3 +1,5 @@
+// Launches the kernels: shared-memory opt-in, scratch that must start at zero, status of each call.
+
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
 #include "instances.h"

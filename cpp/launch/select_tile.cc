@@ -1,3 +1,5 @@
+// The smallest tile that takes all rows, and a K split that fills the GPU.
+
 #include "select_tile.h"
 
 #include <algorithm>
