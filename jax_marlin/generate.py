@@ -6,6 +6,7 @@ import pathlib
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 import jax
@@ -93,9 +94,10 @@ def _reference(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path) as arrays:
+        # NumPy leaves a file that it opened itself open if that is no archive.
+        with path.open("rb") as file, np.load(file) as arrays:
             return {name: arrays[name] for name in ("input_ids", "logits")}
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no archive of input_ids and logits: {error}") from error
 
 

@@ -12,7 +12,6 @@ from jax_marlin.host_arrays import host_array
 from jax_marlin.linear import compute_dtype
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.stack_builder import StackBuilder
-from jax_marlin.weights import MarlinExpertStack, MarlinLinear
 
 _COLUMNS_AT_ONCE = 512  # bounds the float64 temporaries
 
@@ -24,7 +23,7 @@ def quantize(
     group_size: int = 128,
     symmetric: bool = True,
     dtype: DTypeLike | None = None,
-) -> MarlinLinear | MarlinExpertStack:
+) -> Any:
     """Packs dense weights, each element to the nearest code; host work, one expert at a time.
 
     The error of an element is at most half the scale of its group and column: scales are rounded up

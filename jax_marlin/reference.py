@@ -120,9 +120,8 @@ def moe_matmul(
 
         def one_block(state):
             block, out = state
-            slots = sorted_token_ids.at[block * moe_block_size + jnp.arange(moe_block_size)].get(
-                mode="fill", fill_value=num_rows
-            )
+            own = block * moe_block_size + jnp.arange(moe_block_size, dtype=jnp.int32)
+            slots = sorted_token_ids.at[own].get(mode="fill", fill_value=num_rows)
             valid = (slots >= 0) & (slots < num_rows) & (expert >= 0) & (expert < num_experts)
             rows = x.at[slots // top_k].get(mode="clip")  # [moe_block_size, k]
             if perm.size:

@@ -1,6 +1,8 @@
 """Routing: router logits to the weights and ids of each token's experts, on the device."""
 
 import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,13 @@ _SCORINGS = ("softmax", "sigmoid")
 
 def route(
     logits: ArrayLike,
-    top_k: int,
+    top_k: SupportsIndex,
     *,
     scoring: str = "softmax",
     renormalize: bool = True,
-    correction_bias: ArrayLike | None = None,
-    num_groups: int = 1,
-    top_groups: int | None = None,
+    correction_bias: ArrayLike | Sequence[float] | None = None,
+    num_groups: SupportsIndex = 1,
+    top_groups: SupportsIndex | None = None,
     scale: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Picks `top_k` experts for each token; everything is computed in float32.
@@ -50,9 +52,9 @@ def route(
     Example:
         >>> import jax.numpy as jnp
         >>> from jax_marlin.routing import route
-        >>> topk_weights, topk_ids = route(jnp.log(jnp.array([[0.1, 0.6, 0.1, 0.2]])), top_k=2)
-        >>> topk_ids.tolist(), topk_weights.round(3).tolist()
-        ([[1, 3]], [[0.75, 0.25]])
+        >>> topk_weights, topk_ids = route(jnp.array([[0.0, 3.0, -1.0, 3.0]]), top_k=2)
+        >>> topk_ids.tolist(), topk_weights.tolist()
+        ([[1, 3]], [[0.5, 0.5]])
     """
     logits = jnp.asarray(logits)
     _check_logits(logits)
@@ -112,7 +114,7 @@ def _check_logits(logits: jax.Array) -> None:
         )
 
 
-def _checked_top_k(top_k: int, num_experts: int) -> int:
+def _checked_top_k(top_k: SupportsIndex, num_experts: int) -> int:
     top_k = _static_int("top_k", top_k)
     if not 1 <= top_k <= num_experts:
         raise ValueError(
@@ -135,7 +137,7 @@ def _checked_bias(bias: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _checked_groups(
-    num_groups: int, top_groups: int | None, num_experts: int, top_k: int
+    num_groups: SupportsIndex, top_groups: SupportsIndex | None, num_experts: int, top_k: int
 ) -> tuple[int, int] | None:
     """(num_groups, top_groups), or None when no expert is excluded."""
     num_groups = _static_int("num_groups", num_groups)
@@ -166,7 +168,7 @@ def _checked_groups(
     return None if top_groups == num_groups else (num_groups, top_groups)
 
 
-def _static_int(name: str, value: int) -> int:
+def _static_int(name: str, value: SupportsIndex) -> int:
     try:
         return operator.index(value)
     except TypeError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin.linear import MarlinLinear, compute_dtype, describe, expert_index, leaf_bytes
 from jax_marlin.quant_spec import QuantSpec
@@ -189,10 +189,10 @@ class MarlinExpertStack:
         sorted_token_ids: Any,
         expert_ids: Any,
         num_tokens_past_padded: Any,
-        prob_m: int | None = None,
+        prob_m: SupportsIndex | None = None,
         *,
-        moe_block_size: int,
-        top_k: int,
+        moe_block_size: int | np.integer,
+        top_k: int | np.integer,
     ) -> jax.Array:
         """Routed rows of `x` times experts, vLLM's arguments: `ops.dispatch.gemm_phase_vllm`."""
         from jax_marlin.ops import dispatch
@@ -203,7 +203,7 @@ class MarlinExpertStack:
         )  # fmt: skip
 
     def make_expert_linear(
-        self, expert_offset: int, expert_n: int, bias: jax.Array | None = None
+        self, expert_offset: SupportsIndex, expert_n: SupportsIndex, bias: ArrayLike | None = None
     ) -> MarlinLinear:
         """A view of `expert_n` of the E * N columns: `ops.dispatch.make_expert_linear`."""
         from jax_marlin.ops import dispatch

@@ -2,6 +2,7 @@
 
 import numpy as np
 import oracle
+from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.quant_spec import QuantSpec
@@ -37,7 +38,7 @@ def dense(linear: CanonicalLinear, spec: QuantSpec = SPEC) -> np.ndarray:
 
 
 def build(
-    linears: list[CanonicalLinear], spec: QuantSpec = SPEC, dtype=np.float32
+    linears: list[CanonicalLinear], spec: QuantSpec = SPEC, dtype: DTypeLike = np.float32
 ) -> MarlinExpertStack:
     builder = StackBuilder(len(linears), spec, dtype)
     for e, linear in enumerate(linears):

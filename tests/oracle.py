@@ -13,6 +13,7 @@ zero point of 0 borrows from its neighbours; only whole-word addition modulo 2**
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 ONES = {4: 0x11111111, 8: 0x01010101}  # a one in each field of a word
 
@@ -150,7 +151,7 @@ def moe_ffn(
     return (y * weights).reshape(tokens, top_k, -1).sum(axis=1)
 
 
-def sigmoid(a: np.ndarray) -> np.ndarray:
+def sigmoid(a: npt.ArrayLike) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(a, np.float64)))
 
 

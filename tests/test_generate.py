@@ -159,8 +159,9 @@ def test_command_fails_in_one_sentence(tmp_path, capsys, changes, message):
     assert err.count("\n") == 1
 
 
-def test_command_with_a_damaged_reference(tmp_path, capsys):
-    path = broken_copy(tmp_path, lambda path: (path / "expected.npz").write_bytes(b"PK\x03\x04no"))
+@pytest.mark.parametrize("content", [b"PK\x03\x04no", b"no archive", b""])
+def test_command_with_a_damaged_reference(tmp_path, capsys, content):
+    path = broken_copy(tmp_path, lambda path: (path / "expected.npz").write_bytes(content))
     assert cli.main(["generate", "--checkpoint", path]) == 1
     assert "no archive of input_ids and logits" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""moe_align_block_size: exact equality with a loop, sizes and tails, bad ids, and the CUDA lowering."""
+"""moe_align_block_size: exact equality with a loop, sizes and tails, bad ids, the CUDA lowering."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def test_ids_of_the_device_that_name_no_expert_are_dropped(
 
 @pytest.mark.parametrize(("tokens", "top_k", "num_experts", "moe_block_size"), SIZES)
 def test_expert_map(tokens, top_k, num_experts, moe_block_size, backend):
-    """Order by global expert; blocks carry the local id, which need not grow with the global one."""
+    """Order by global expert; blocks carry the local id, which may fall as the global one grows."""
     rng = np.random.default_rng(tokens + 2)
     expert_map = np.where(rng.random(num_experts) < 0.5, -1, rng.permutation(num_experts))
     ids = rng.integers(-1, num_experts, (tokens, top_k)).astype(np.int32)

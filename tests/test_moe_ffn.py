@@ -1,13 +1,14 @@
 """moe_ffn: a whole layer against the float64 oracle with an error budget carried through it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from problems import Problem, build, implementation, poison
+from problems import Case, Problem, build, implementation, poison
 
 from jax_marlin.ops import ffi_targets
 from jax_marlin.ops.moe_ffn import moe_ffn
@@ -19,8 +20,8 @@ ORACLE_NAMES = {"swiglu_clamped": "swiglu_oai"}
 class Layer:
     """Two problems' cases as one layer: gate_up [E, H, 2I] and down [E, I, N]."""
 
-    gate_up: object
-    down: object
+    gate_up: Case
+    down: Case
 
     @property
     def x(self):
@@ -34,13 +35,14 @@ class Layer:
         return self.gate_up.stack(), self.down.stack()
 
 
-def build_layer(name: str, *, intermediate: int = 72, n: int = 136, **fields) -> Layer:
+def build_layer(name: str, *, intermediate: int = 72, n: int = 136, **fields: Any) -> Layer:
     """I is off the tile by default, so that up starts inside a tile."""
     fields = {"k": 96, "group_size": 32, "num_experts": 5, "m": 7, "top_k": 3} | fields
     gate_up = build(Problem(f"{name}_gate_up", n=2 * intermediate, **fields))
-    down = {"group_size": intermediate, "g_idx": "none"} if intermediate % 32 else {}
-    down = build(Problem(f"{name}_down", **(fields | {"k": intermediate, "n": n} | down)))
-    return Layer(gate_up, down)
+    fields |= {"k": intermediate, "n": n}
+    if intermediate % 32:
+        fields |= {"group_size": intermediate, "g_idx": "none"}
+    return Layer(gate_up, build(Problem(f"{name}_down", **fields)))
 
 
 def expected(layer: Layer, activation="silu", *, weights_on_input=False, x=None, ids=None):
@@ -130,6 +132,7 @@ def test_gate_and_up_as_a_pair_with_their_own_act_order(backend):
     gate = build(Problem("gate", n=72, m=7, top_k=3, **fields))
     up = build(Problem("up", n=72, **fields))
     down = build_layer("pair_down").down
+    assert gate.bias is not None and up.bias is not None
     joined = dataclasses.replace(
         gate,
         weights=np.concatenate([gate.weights, up.weights], axis=2),
@@ -163,8 +166,8 @@ def test_leading_axes():
     ids, weights = layer.routes
     flat = moe_ffn(layer.x, ids, weights, *layer.stacks())
     for lead in ((2, 3), (1, 6, 1)):
-        args = (a.reshape(*lead, a.shape[-1]) for a in (layer.x, ids, weights))
-        out = moe_ffn(*args, *layer.stacks())
+        x, i, w = (a.reshape(*lead, a.shape[-1]) for a in (layer.x, ids, weights))
+        out = moe_ffn(x, i, w, *layer.stacks())
         assert out.shape == (*lead, 136)
         np.testing.assert_array_equal(out.reshape(6, 136), flat)
     one = moe_ffn(layer.x[4], ids[4], weights[4], *layer.stacks())
@@ -248,7 +251,11 @@ ERRORS = [
         TypeError,
         "topk_ids has dtype float32, expected integer; are topk_ids and topk_weights swapped",
     ),
-    ({"topk_weights": IDS}, TypeError, "topk_weights has dtype int32, expected floating; .*swapped"),
+    (
+        {"topk_weights": IDS},
+        TypeError,
+        "topk_weights has dtype int32, expected floating; .*swapped",
+    ),
     ({"topk_ids": IDS + 3}, ValueError, r"topk_ids holds \d, expected -1 \(dropped\) or 0 .. 4"),
     ({"topk_ids": IDS - 2}, ValueError, "topk_ids holds -2"),
     ({"topk_ids": IDS[:-1]}, ValueError, r"topk_ids has shape \(6, 3\), .*leading axes \(7,\)"),
@@ -260,8 +267,16 @@ ERRORS = [
     ({"gate_up": (GATE_UP, GATE_UP)}, ValueError, r"gate has shape .*expected \(E, H, I\)"),
     ({"gate_up": (GATE_UP,) * 3}, ValueError, "gate_up holds 3 stacks"),
     ({"gate_up": X}, TypeError, "gate_up is ndarray, expected a MarlinExpertStack"),
-    ({"down": jax.tree.map(lambda a: a[0], DOWN)}, TypeError, "down is MarlinExpertStack, expected"),
-    ({"down": DOWN[:4]}, ValueError, r"gate_up has shape \(5, 96, 144\), expected .* \(4, 96, 144\)"),
+    (
+        {"down": jax.tree.map(lambda a: a[0], DOWN)},
+        TypeError,
+        "down is MarlinExpertStack, expected",
+    ),
+    (
+        {"down": DOWN[:4]},
+        ValueError,
+        r"gate_up has shape \(5, 96, 144\), expected .* \(4, 96, 144\)",
+    ),
     ({"down": DOWN.astype(jnp.float16)}, TypeError, r".*down in float16; use gate_up.astype"),
     ({"activation": "swish"}, ValueError, "activation is 'swish', expected one of .*'silu'"),
     ({"implementation": "cuda"}, NotImplementedError, "implementation='cuda'"),  # float32

@@ -1,14 +1,22 @@
 """Argument checks of all ops: each error names function, argument, got, expected, remedy."""
 
 import numbers
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jax_marlin.ops import ffi_targets
 
 KERNEL_DTYPES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
+
+# Ids and sizes: device arrays, which are never read, or host values, lists too, which are checked.
+Integers: TypeAlias = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+StaticInt: TypeAlias = int | np.integer  # what `check_positive` takes
+
 _COMPUTE_DTYPES = (*KERNEL_DTYPES, jnp.dtype(jnp.float32))
 
 

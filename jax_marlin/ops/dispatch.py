@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,10 @@ from jax_marlin.weights import MarlinExpertStack
 
 
 def gemm_phase_batched(
-    stack: MarlinExpertStack, x: ArrayLike, dispatches: ArrayLike, out: ArrayLike | None = None
+    stack: MarlinExpertStack,
+    x: ArrayLike,
+    dispatches: checks.Integers,
+    out: ArrayLike | None = None,
 ) -> jax.Array:
     """out[o : o + m] = x[i : i + m] @ stack[expert] for every dispatch (expert, i, o, m).
 
@@ -87,13 +91,13 @@ def _row_sources(
 def gemm_phase_vllm(
     stack: MarlinExpertStack,
     x: ArrayLike,
-    sorted_token_ids: ArrayLike,
-    expert_ids: ArrayLike,
-    num_tokens_past_padded: ArrayLike,
-    prob_m: int | None = None,
+    sorted_token_ids: checks.Integers,
+    expert_ids: checks.Integers,
+    num_tokens_past_padded: checks.Integers,
+    prob_m: SupportsIndex | None = None,
     *,
-    moe_block_size: int,
-    top_k: int,
+    moe_block_size: checks.StaticInt,
+    top_k: checks.StaticInt,
 ) -> jax.Array:
     """One launch over routed rows: slot id s reads x[s // top_k] and writes out[s].
 
@@ -142,7 +146,10 @@ def gemm_phase_vllm(
 
 
 def make_expert_linear(
-    stack: MarlinExpertStack, expert_offset: int, expert_n: int, bias: ArrayLike | None = None
+    stack: MarlinExpertStack,
+    expert_offset: SupportsIndex,
+    expert_n: SupportsIndex,
+    bias: ArrayLike | None = None,
 ) -> MarlinLinear:
     """A view of columns [expert_offset, expert_offset + expert_n) of the stack's E * N columns.
 
@@ -217,7 +224,9 @@ def _checked_out(out: jax.Array, x: jax.Array, stack: MarlinExpertStack) -> jax.
     return out
 
 
-def _checked_dispatches(dispatches: ArrayLike, num_experts: int, in_rows, out_rows) -> jax.Array:
+def _checked_dispatches(
+    dispatches: checks.Integers, num_experts: int, in_rows, out_rows
+) -> jax.Array:
     """int32 `[D, 4]`; what the device holds is not looked at, host dispatches must be right."""
     where = "gemm_phase_batched"
     array = dispatches if isinstance(dispatches, jax.Array) else np.asarray(dispatches)
@@ -252,7 +261,7 @@ def _checked_dispatches(dispatches: ArrayLike, num_experts: int, in_rows, out_ro
     return jnp.asarray(array.astype(np.int32))
 
 
-def _static_int(where: str, name: str, value: int) -> int:
+def _static_int(where: str, name: str, value: SupportsIndex) -> int:
     try:
         return operator.index(value)
     except TypeError as error:

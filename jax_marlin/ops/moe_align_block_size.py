@@ -6,7 +6,6 @@ import numpy as np
 from jax.core import min_dim
 from jax.extend.core import Primitive
 from jax.interpreters import xla
-from jax.typing import ArrayLike
 
 from jax_marlin.ops import checks
 from jax_marlin.ops.primitive import (
@@ -21,10 +20,10 @@ _INT32_MAX = 2**31 - 1
 
 
 def moe_align_block_size(
-    topk_ids: ArrayLike,
-    moe_block_size: int,
-    num_experts: int,
-    expert_map: ArrayLike | None = None,
+    topk_ids: checks.Integers,
+    moe_block_size: checks.StaticInt,
+    num_experts: checks.StaticInt,
+    expert_map: checks.Integers | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Groups the R = T * top_k routed rows by expert, in blocks of `moe_block_size` slots.
 
@@ -102,7 +101,7 @@ def align_routed_rows(
 
 
 def as_expert_ids(
-    ids: ArrayLike, num_experts: int, where: str, *, name: str = "topk_ids", ndim: int = 2
+    ids: checks.Integers, num_experts: int, where: str, *, name: str = "topk_ids", ndim: int = 2
 ) -> jax.Array:
     """`ids` as int32; out of range, ids on the device are dropped later and host ids raise."""
     dtype = ids.dtype if isinstance(ids, jax.Array) else np.asarray(ids).dtype

@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def moe_ffn(
     x: ArrayLike,
-    topk_ids: ArrayLike,
+    topk_ids: checks.Integers,
     topk_weights: ArrayLike,
     gate_up: MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack],
     down: MarlinExpertStack,
@@ -201,7 +201,10 @@ def _check_stacks(halves: tuple, down: MarlinExpertStack) -> None:
 
 
 def _checked_routes(
-    token_shape: tuple[int, ...], topk_ids: ArrayLike, topk_weights: ArrayLike, num_experts: int
+    token_shape: tuple[int, ...],
+    topk_ids: checks.Integers,
+    topk_weights: ArrayLike,
+    num_experts: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(ids int32, weights float32), each `[T, top_k]`; host ids are checked, device ids are not."""
     ids = topk_ids if isinstance(topk_ids, jax.Array) else np.asarray(topk_ids)

@@ -34,20 +34,20 @@ class Routing(NamedTuple):
     R = T * top_k routed rows, slot id s reads `x[s // top_k]` and writes row s of the result.
     """
 
-    sorted_token_ids: ArrayLike  # int32[L], ids outside [0, R) are padding
-    expert_ids: ArrayLike  # int32[B], -1 skips the block
-    num_tokens_past_padded: ArrayLike  # int32[1], slots past it are not used
+    sorted_token_ids: checks.Integers  # int32[L], ids outside [0, R) are padding
+    expert_ids: checks.Integers  # int32[B], -1 skips the block
+    num_tokens_past_padded: checks.Integers  # int32[1], slots past it are not used
 
 
 def moe_matmul(
     x: ArrayLike,
     stack: MarlinExpertStack,
-    sorted_token_ids: ArrayLike,
-    expert_ids: ArrayLike,
-    num_tokens_past_padded: ArrayLike,
+    sorted_token_ids: checks.Integers,
+    expert_ids: checks.Integers,
+    num_tokens_past_padded: checks.Integers,
     *,
-    moe_block_size: int,
-    top_k: int,
+    moe_block_size: checks.StaticInt,
+    top_k: checks.StaticInt,
     topk_weights: ArrayLike | None = None,
 ) -> jax.Array:
     """Multiplies each routed row by its expert's weight; accumulates in float32.
@@ -90,8 +90,8 @@ def routed_matmul(
     stack: MarlinExpertStack,
     routing: Routing,
     *,
-    moe_block_size: int,
-    top_k: int,
+    moe_block_size: checks.StaticInt,
+    top_k: checks.StaticInt,
     topk_weights: ArrayLike | None = None,
     weights_before_bias: bool = False,
     zero_output: bool = True,

@@ -16,11 +16,11 @@ _WHERE = "ragged_dot"
 def ragged_dot(
     x: ArrayLike,
     stack: MarlinExpertStack,
-    group_sizes: ArrayLike,
+    group_sizes: checks.Integers,
     *,
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
-    group_offset: ArrayLike | None = None,
+    group_offset: checks.Integers | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """`jax.lax.ragged_dot(x, stack.dequantize(), group_sizes)` without ever unpacking the stack.
@@ -65,8 +65,8 @@ def ragged_dot(
         )
     if not isinstance(stack, MarlinExpertStack) or stack.is_single:
         raise TypeError(
-            f"{_WHERE}: stack is {type(stack).__name__}, expected a MarlinExpertStack with an expert"
-            " axis (see jm.load_gptq_stacked)"
+            f"{_WHERE}: stack is {type(stack).__name__}, expected a MarlinExpertStack with an"
+            " expert axis (see jm.load_gptq_stacked)"
         )
     x = checks.check_x(x, stack.k, stack.dtype, _WHERE, rank=2)
     checks.check_implementation(implementation, x.dtype, _WHERE)
@@ -108,7 +108,7 @@ def _shifted(group: jax.Array, offset: jax.Array) -> jax.Array:
     return jnp.where((group >= 0) & (group >= offset), group - offset, -1)
 
 
-def _checked_sizes(group_sizes: ArrayLike, num_rows, num_experts: int | None) -> jax.Array:
+def _checked_sizes(group_sizes: checks.Integers, num_rows, num_experts: int | None) -> jax.Array:
     """int32 `[G]`, each in 0 .. M; `num_experts` is None where any number of groups fits."""
     if not isinstance(group_sizes, jax.Array):
         group_sizes = np.asarray(group_sizes)
@@ -133,7 +133,7 @@ def _checked_sizes(group_sizes: ArrayLike, num_rows, num_experts: int | None) ->
     return group_sizes.astype(jnp.int32)
 
 
-def _checked_offset(group_offset: ArrayLike) -> jax.Array:
+def _checked_offset(group_offset: checks.Integers) -> jax.Array:
     """int32 scalar; negative offsets count as 0."""
     if not isinstance(group_offset, jax.Array):
         group_offset = np.asarray(group_offset)

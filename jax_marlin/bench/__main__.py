@@ -1,0 +1,128 @@
+"""The command `jax-marlin bench`: checks and times the operations on this machine's device."""
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jax_marlin.bench import report
+from jax_marlin.bench.floor import Ceilings, measure_bandwidth, measure_flops
+from jax_marlin.bench.measure import Options, measure
+from jax_marlin.bench.problems import Quantization
+from jax_marlin.bench.shapes import SHAPES, select
+from jax_marlin.linear import compute_dtype
+
+_GPU_SETS = ("dense", "qwen3-30b", "mixtral-8x7b")
+_GPU_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_CPU_SETS, _CPU_ROWS = ("tiny",), (1, 16)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the command's options; None takes the shell's.
+
+    Returns:
+        0; or 1 if some result was wrong or could not be computed, with the reason on stderr.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    try:
+        return _run(args)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        print(f"jax-marlin bench: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jax-marlin bench",
+        description="Checks each operation's result, then times it against the floor of this "
+        "device's memory and tensor cores, and against XLA on unquantized weights.",
+        epilog=f"problems: {', '.join(SHAPES)}; a set's name (before the dot) means all its parts",
+    )
+    add = parser.add_argument
+    add("--shapes", nargs="+", metavar="NAME", help="default: all but tiny; tiny on a CPU")
+    add("--rows", nargs="+", type=_positive, metavar="N", help="tokens (default: 1 to 4096)")
+    add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
+    add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
+    add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
+    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 8)")
+    add("--runs", type=_positive, default=20, metavar="N", help="of a program (default: 20)")
+    add("--bandwidth", type=float, metavar="GB/S", help="of the floor (default: measured)")
+    add("--tflops", type=float, metavar="N", help="of the floor (default: measured)")
+    add("--no-baseline", dest="baseline", action="store_false", help="do not time XLA")
+    add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
+    add("--plot", type=pathlib.Path, metavar="FILE", help="draw time and floor (matplotlib)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    on_cpu = jax.default_backend() == "cpu"
+    shapes = select(args.shapes or (_CPU_SETS if on_cpu else _GPU_SETS))
+    rows = sorted(set(args.rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)))
+    dtype = compute_dtype(_dtype(args.dtype, on_cpu), "bench")
+    options = Options(
+        Quantization(args.bits, args.group_size, dtype), args.calls, args.runs, args.baseline
+    )
+    ceilings = _ceilings(args, dtype)
+    options_of = {"bandwidth": args.bandwidth, "flops": args.tflops}
+    given = [name for name, value in options_of.items() if value is not None]
+    conditions = report.conditions(options, ceilings, given=given)
+    records: list[dict[str, Any]] = []
+    try:
+        _measure_all(shapes, rows, ceilings, options, records, args.json, conditions)
+        if args.plot:
+            report.save_plot(args.plot, conditions, records)
+    finally:  # an interrupted run prints what it has
+        print(report.table(conditions, records), flush=True)
+    errors = sum(record["error"] is not None for record in records)
+    if errors:
+        print(f"jax-marlin bench: error: {errors} of {len(records)} cases failed", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _measure_all(shapes, rows, ceilings, options, records, json_path, conditions) -> None:
+    """Appends to `records`, which it also saves after each case for a run that is cut off."""
+    with tqdm(total=len(shapes) * len(rows), unit="case") as bar:
+        for shape in shapes:
+            bar.set_description(shape.name)
+            for record in measure(shape, rows, ceilings, options):
+                records.append(record)
+                bar.update()
+                if json_path:
+                    report.save_json(json_path, conditions, records)
+
+
+def _dtype(name: str | None, on_cpu: bool) -> np.dtype:
+    name = name or ("float32" if on_cpu else "bfloat16")
+    return jax.numpy.dtype(name)
+
+
+def _ceilings(args: argparse.Namespace, dtype: np.dtype) -> Ceilings:
+    for option, value in (("--bandwidth", args.bandwidth), ("--tflops", args.tflops)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{option} is {value}, expected a positive number")
+    return Ceilings(
+        measure_bandwidth() if args.bandwidth is None else args.bandwidth * 1e9,
+        measure_flops(dtype) if args.tflops is None else args.tflops * 1e12,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Prints, saves and plots the records of a run, always with the conditions they hold under."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import re
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+from jax_marlin.backend import backend_info
+from jax_marlin.bench.floor import Ceilings
+from jax_marlin.bench.measure import Options
+
+_DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # Linux; JAX does not know the driver
+
+# column -> (heading, format)
+_COLUMNS = {
+    "problem": ("problem", "{}"),
+    "rows": ("rows", "{}"),
+    "us": ("us", "{:.1f}"),
+    "floor_us": ("floor us", "{:.1f}"),
+    "bound": ("bound by", "{}"),
+    "share_of_floor": ("of floor", "{:.0%}"),
+    "gb_per_s": ("GB/s", "{:.3g}"),
+    "tflops": ("TFLOP/s", "{:.3g}"),
+    "xla_us": ("XLA us", "{:.1f}"),
+}
+
+
+def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
+    """What the times depend on.
+
+    Args:
+        options: of the run.
+        ceilings: of the device.
+        given: the ceilings ("bandwidth", "flops") that were not measured in this run.
+    """
+    from jax_marlin import __version__
+
+    device = jax.devices()[0]
+    quantization = options.quantization
+    return {
+        "device": device.device_kind,
+        "driver": _driver() if device.platform == "gpu" else None,
+        "cuda_kernels": backend_info().why_not or "available",
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "jax_marlin": __version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "dtype": str(quantization.dtype),
+        "bits": quantization.bits,
+        "group_size": quantization.group_size,
+        "floor_gb_per_s": round(ceilings.bandwidth / 1e9, 3),
+        "floor_tflops": round(ceilings.flops / 1e12, 4),
+        "floor_from": ", ".join(
+            f"{'given' if name in given else 'measured'} {name}" for name in ("bandwidth", "flops")
+        ),
+        "method": f"median of {options.runs} runs of one program of several calls less the time "
+        "of the same program without them; weights and routings rotated past L2; moe: aligned "
+        "before; layer: aligned inside; floor: packed weights read once, or the flops",
+    }
+
+
+def _driver() -> str | None:
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text())
+    except OSError:
+        return None
+    return found and found.group()
+
+
+def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """The conditions, then a line for each record."""
+    header = [f"{name:<16}{'-' if value is None else value}" for name, value in conditions.items()]
+    rows = [[heading for heading, _ in _COLUMNS.values()]]
+    for record in records:
+        rows.append([
+            "-" if record[name] is None else text.format(record[name])
+            for name, (_, text) in _COLUMNS.items()
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    errors = [f"{r['problem']} rows {r['rows']}: {r['error']}" for r in records if r["error"]]
+    return "\n".join([*header, "", *lines, *errors])
+
+
+def save_json(
+    path: pathlib.Path, conditions: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    """Writes {"conditions": {...}, "records": [...]}."""
+    path.write_text(json.dumps({"conditions": conditions, "records": records}, indent=1) + "\n")
+
+
+def save_plot(
+    path: pathlib.Path, conditions: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    """Draws time and floor against rows, a panel for each problem; needs matplotlib."""
+    from matplotlib.figure import Figure  # optional, and slow to import
+
+    problems = list(dict.fromkeys(record["problem"] for record in records))
+    columns = min(4, len(problems))
+    lines = -(-len(problems) // columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel in panels[len(problems) :]:
+        panel.set_visible(False)
+    for panel, problem in zip(panels, problems, strict=False):
+        own = [record for record in records if record["problem"] == problem]
+        for name, label, style in (
+            ("us", "jax_marlin", "C0o-"),
+            ("xla_us", f"XLA {conditions['dtype']}", "C1s-"),
+            ("floor_us", "floor", "k--"),
+        ):
+            points = [(r["rows"], r[name]) for r in own if r[name] is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        panel.set(xscale="log", yscale="log", title=problem, xlabel="rows", ylabel="time [µs]")
+        panel.set_xticks(rows := [r["rows"] for r in own], labels=map(str, rows))
+        panel.minorticks_off()
+        panel.legend(fontsize="small")
+    figure.suptitle(
+        f"{conditions['device']}, {conditions['bits']} bit, group size {conditions['group_size']}, "
+        f"{conditions['dtype']}"
+    )
+    figure.savefig(path, dpi=150)

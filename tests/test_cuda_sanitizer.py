@@ -1,0 +1,38 @@
+"""compute-sanitizer over a small problem of every op: no bad access, no race."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jax_marlin
+
+pytestmark = pytest.mark.cuda
+
+SCRIPT = Path(__file__).resolve().parent / "cuda" / "every_op.py"
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_every_op(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not on the PATH")
+    # Its own allocation for each buffer, so that one element past the end is seen as such.
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTHONPATH": str(Path(jax_marlin.__file__).parent.parent),
+    }
+    # All our kernels live in the namespace jax_marlin; XLA's own are not watched.
+    watched = ["--kernel-name", "kns=jax_marlin"]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
+    done = subprocess.run(
+        [*command, sys.executable, str(SCRIPT)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report[-4000:]
+    assert "every op ran" in report
