@@ -10,6 +10,8 @@ from jax import lax
 
 from jax_marlin import layout
 
+_ROWS_AT_ONCE = 256  # of a dense product in float32, beside the dequantized weight
+
 
 def dequantize_expert(
     qweight: jax.Array,
@@ -70,12 +72,25 @@ def matmul(
         qweight, scales, zero_points, expert,
         bits=bits, k=k, n=n, group_size=group_size, first_tile=first_tile,
     )  # fmt: skip
-    out = _dot(x, weight)
-    if bias.size:
-        first = first_tile * layout.TILE
-        row = bias if bias.ndim == 1 else _of_expert(bias, expert)[first : first + n]
-        out = out + row.astype(jnp.float32)[None, :]
-    return out.astype(out_dtype)
+    first = first_tile * layout.TILE
+    row = bias if bias.ndim == 1 else _of_expert(bias, expert)[first : first + n]
+
+    def some_rows(x):
+        out = _dot(x, weight)
+        return (out + row.astype(jnp.float32)[None, :] if bias.size else out).astype(out_dtype)
+
+    rows = x.shape[0]
+    if not isinstance(rows, int) or rows <= _ROWS_AT_ONCE:
+        return some_rows(x)
+
+    words = _as_words(x)
+
+    def next_rows(i, out):  # the last step starts early and computes some rows again
+        start = jnp.minimum(i * _ROWS_AT_ONCE, rows - _ROWS_AT_ONCE)
+        part = some_rows(_as_floats(lax.dynamic_slice_in_dim(words, start, _ROWS_AT_ONCE), x.dtype))
+        return lax.dynamic_update_slice_in_dim(out, part, start, 0)
+
+    return lax.fori_loop(0, -(-rows // _ROWS_AT_ONCE), next_rows, jnp.zeros((rows, n), out_dtype))
 
 
 def moe_matmul(
@@ -105,10 +120,11 @@ def moe_matmul(
     rows that no slot of a used block names are zero.
     """
     num_experts, num_rows, num_blocks = qweight.shape[0], x.shape[0] * top_k, expert_ids.shape[0]
-    out = jnp.zeros((num_rows, n), out_dtype)
+    x, x_dtype = _as_words(x), x.dtype
+    out = _as_words(jnp.zeros((num_rows, n), out_dtype))
     if out.size == 0 or num_blocks == 0:
-        return out
-    used_blocks = -(-num_tokens_past_padded[0] // moe_block_size)
+        return _as_floats(out, out_dtype)
+    used_blocks = -(-jnp.maximum(num_tokens_past_padded[0], 0) // moe_block_size)
     used_blocks = jnp.minimum(used_blocks, num_blocks).astype(jnp.int32)
 
     def one_run(state):  # all blocks from `block` on that use the same expert
@@ -124,6 +140,7 @@ def moe_matmul(
             slots = sorted_token_ids.at[own].get(mode="fill", fill_value=num_rows)
             valid = (slots >= 0) & (slots < num_rows) & (expert >= 0) & (expert < num_experts)
             rows = x.at[slots // top_k].get(mode="clip")  # [moe_block_size, k]
+            rows = _as_floats(rows, x_dtype)
             if perm.size:
                 rows = rows[:, _of_expert(perm, expert)]
             y = _dot(rows, weight)
@@ -138,7 +155,8 @@ def moe_matmul(
                 y = y * row_weights
             # Padding slots are sent past the end, where the scatter drops them.
             target = jnp.where(valid, slots, num_rows)
-            return block + 1, out.at[target].set(y.astype(out_dtype), mode="drop")
+            y = _as_words(y.astype(out_dtype))
+            return block + 1, out.at[target].set(y, mode="drop")
 
         def same_expert(state):
             block, _ = state
@@ -147,7 +165,21 @@ def moe_matmul(
         return lax.while_loop(same_expert, one_block, state)
 
     start = (jnp.int32(0), out)
-    return lax.while_loop(lambda state: state[0] < used_blocks, one_run, start)[1]
+    _, out = lax.while_loop(lambda state: state[0] < used_blocks, one_run, start)
+    return _as_floats(out, out_dtype)
+
+
+def _as_words(rows):
+    """16-bit floats as integers, which loops move and scatter as they are.
+
+    XLA's CPU backend scatters bfloat16 by way of float32 and hoists conversions out of loops: with
+    floats in the carry it converts all of x and of out, and again for every block.
+    """
+    return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize == 2 else rows
+
+
+def _as_floats(words, dtype):
+    return lax.bitcast_convert_type(words, dtype) if words.dtype != dtype else words
 
 
 def _of_expert(leaf, expert):

@@ -36,7 +36,9 @@ class MarlinExpertStack:
         qweight: uint32[E, ceil(N/64), ceil(K/64), 512 (4 bit) or 1024 (8 bit)], see `layout`.
         scales: dtype[E, ceil(N/64), G, 64]; this dtype is the weight's compute dtype.
         zero_points: the same shape and dtype, integers; None means symmetric.
-        perm: int32[E, K], the act-order row order; None means in order.
+        perm: int32[E, K], the act-order row order; None means in order. Where the spec says
+            `shared_perm`, all rows are equal and only the first is read: do not concatenate such
+            stacks of different checkpoints leaf by leaf.
         bias: dtype[E, N], or None.
         spec: the static `QuantSpec`.
 

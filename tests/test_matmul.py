@@ -233,3 +233,13 @@ class TestErrors:
         case, _ = small()
         with pytest.raises(NotImplementedError, match=r"'cuda' computes in float16 or bfloat16"):
             matmul(case.x, case.stack()[0], implementation="cuda")
+
+
+def test_many_rows_in_chunks_are_the_same_rows():
+    """Past the rows that the default lowering takes at once; the last chunk overlaps."""
+    case, _ = small()
+    w = case.stack()[1]
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(601, w.shape[0])), w.dtype)
+    whole = matmul(x, w, implementation="xla")
+    parts = [matmul(x[i : i + 200], w, implementation="xla") for i in range(0, 601, 200)]
+    close(np.concatenate([np.asarray(p) for p in parts]), np.asarray(whole))

@@ -203,3 +203,13 @@ def test_what_is_next_to_an_error_is_accepted():
 )  # fmt: skip
 def test_blocks_are_ninety_percent_full_on_average(tokens, top_k, num_experts, expected):
     assert select_moe_block_size(tokens, top_k, num_experts) == expected
+
+
+def test_more_experts_than_the_kernel_counts_take_the_default_lowering():
+    ids = jax.ShapeDtypeStruct((5, 2), jnp.int32)
+    function = jax.jit(lambda ids: moe_align_block_size(ids, 8, 100_000))
+    text = function.trace(ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert "custom_call" not in text or "jax_marlin_moe_align" not in text
+    slots, expert_ids, used = function(jnp.array([[99_999, 7]] * 5, jnp.int32))
+    assert used.tolist() == [16] and expert_ids[:2].tolist() == [7, 99_999]
+    assert slots[:5].tolist() == [1, 3, 5, 7, 9]

@@ -240,7 +240,9 @@ class TestErrors:
             self.call(sorted_token_ids=slots[None])
         with pytest.raises(ValueError, match=r"num_tokens_past_padded has shape \(2,\)"):
             self.call(num_tokens_past_padded=np.resize(used, 2))
-        with pytest.raises(ValueError, match=r"topk_weights has shape \(7,\), expected .* = 14"):
+        with pytest.raises(
+            ValueError, match=r"topk_weights has shape \(7,\), expected .* = \(7, 2\)"
+        ):
             self.call(topk_weights=np.ones(7, np.float32))
 
     @pytest.mark.parametrize("name", ["moe_block_size", "top_k"])
@@ -264,3 +266,33 @@ class TestErrors:
             self.call(stack=case.stack()[0])
         with pytest.raises(TypeError, match="expected a MarlinExpertStack of experts"):
             self.call(stack=jax.tree.map(lambda leaf: leaf[0], case.stack()))
+
+
+def test_wide_padding_ids_do_not_wrap_into_rows():
+    case, routing, expected = small()
+    slots, expert_ids, used = (np.asarray(a, np.int64) for a in routing)
+    rows = case.x.shape[0] * case.topk_ids.shape[1]
+    slots = np.where((slots < 0) | (slots >= rows), 2**32, slots)
+    actual = moe_matmul(
+        jnp.asarray(case.x), case.stack(), slots, expert_ids, used,
+        moe_block_size=8, top_k=case.topk_ids.shape[1],
+    )  # fmt: skip
+    close(actual, expected)
+
+
+def test_transposed_router_weights_are_refused():
+    case, routing, _ = small()
+    top_k = case.topk_ids.shape[1]
+    arguments = (jnp.asarray(case.x), case.stack(), *(jnp.asarray(a) for a in routing))
+    weights = jnp.asarray(case.topk_weights)
+    moe_matmul(*arguments, moe_block_size=8, top_k=top_k, topk_weights=weights)
+    with pytest.raises(ValueError, match=r"topk_weights has shape .*, expected \(T, top_k\)"):
+        moe_matmul(*arguments, moe_block_size=8, top_k=top_k, topk_weights=weights.T)
+
+
+def test_leaves_that_tree_map_has_cast_are_refused():
+    case, routing, _ = small()
+    stack = jax.tree.map(lambda a: a.astype(jnp.float16), case.stack())
+    arguments = (jnp.asarray(case.x, jnp.float16), stack, *(jnp.asarray(a) for a in routing))
+    with pytest.raises(TypeError, match=r"use|stack\.astype"):
+        moe_matmul(*arguments, moe_block_size=8, top_k=case.topk_ids.shape[1])

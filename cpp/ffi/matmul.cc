@@ -22,8 +22,9 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   if (own_bias) {
     checks.expect_optional(bias, "bias", x.element_type(), {params.n});
   } else {
-    checks.expect(bias, "bias", x.element_type(), {params.num_experts, kAny})
-        .require(bias.dimensions()[1] >= first_tile * kTile + params.n, "bias", "too narrow");
+    checks.expect(bias, "bias", x.element_type(), {params.num_experts, kAny});
+    if (!checks.ok()) return checks.error();
+    checks.require(bias.dimensions()[1] >= first_tile * kTile + params.n, "bias", "too narrow");
   }
   checks.expect(expert, "expert", ffi::S32, {})
       .require(x.dimensions()[0] == params.out_rows, "out", "not of as many rows as x")

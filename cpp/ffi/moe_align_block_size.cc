@@ -18,7 +18,8 @@ ffi::Error moe_align_block_size(cudaStream_t stream, ffi::AnyBuffer topk_ids,
   BufferChecks checks(kOp);
   checks
       .require(moe_block_size > 0 && moe_block_size <= INT32_MAX, "moe_block_size", "not positive")
-      .require(num_experts > 0 && num_experts <= INT32_MAX, "num_experts", "not positive");
+      .require(num_experts > 0 && num_experts <= kMaxAlignExperts, "num_experts",
+               "not in 1 .. " + std::to_string(kMaxAlignExperts));
   if (!checks.ok()) return checks.error();
   const int64_t routes = static_cast<int64_t>(topk_ids.element_count());
   const int64_t slots =

@@ -28,14 +28,19 @@ struct StackOperands {
         .expect(x, "x", dtype, {kAny, kAny});
     if (!checks.ok()) return;
     const auto tiles = qweight.dimensions();
-    checks.expect(scales, "scales", dtype, {tiles[0], tiles[1], num_groups(), kTile})
+    checks
+        .require(tiles[0] > 0 && tiles[0] <= INT32_MAX && tiles[1] <= INT32_MAX / kTile, "qweight",
+                 "without experts, or with more than int32 can index")
+        .expect(scales, "scales", dtype, {tiles[0], tiles[1], num_groups(), kTile})
         .expect_optional(zero_points, "zero_points", dtype,
                          {tiles[0], tiles[1], num_groups(), kTile})
         .require(x.dimensions()[1] >= k && x.dimensions()[1] % 8 == 0, "x",
                  "not at least k columns wide, and whole 16-byte vectors")
         .require(out.element_type() == dtype || out.element_type() == ffi::F32, "out",
                  "neither of x's dtype nor float32")
-        .require(out.dimensions().size() == 2, "out", "not of rank 2");
+        .require(out.dimensions().size() == 2 && out.dimensions()[0] <= INT32_MAX &&
+                     out.dimensions()[1] <= tiles[1] * kTile,
+                 "out", "not of rank 2, or larger than int32 rows by the stack's columns");
   }
 
   // The fields that follow from the leaves; call after check.

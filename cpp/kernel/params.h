@@ -53,6 +53,9 @@ struct GatherParams {
   int slots, k, num_experts, moe_block_size, row_divisor;
 };
 
+// Experts whose counters fit beside the kernel's own in 48 KB, which needs no opt-in.
+constexpr int kMaxAlignExperts = 8192;
+
 // Routing tables (moe_align.cuh).
 struct AlignParams {
   const int* topk_ids;     // [routes]

@@ -57,8 +57,6 @@ cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream) {
 
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream) {
   const int shared_bytes = params.num_experts * static_cast<int>(sizeof(int));
-  const cudaError_t allowed = allow_shared(moe_align, shared_bytes);
-  if (allowed != cudaSuccess) return allowed;
   moe_align<<<params.num_experts, kAlignThreads, shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }

@@ -33,11 +33,27 @@ def check_x(x, k: int, weight_dtype, where: str, rank: int | None = None) -> jax
             f"{names}; use w.astype(...)"
         )
     if x.dtype != weight_dtype:
+        other = f"w.astype(jnp.{x.dtype}) or " if x.dtype in _COMPUTE_DTYPES else ""
         raise TypeError(
             f"{where}: x has dtype {x.dtype} but the weight computes in {jnp.dtype(weight_dtype)}; "
-            f"use w.astype(jnp.{x.dtype}) or x.astype(jnp.{jnp.dtype(weight_dtype)})"
+            f"use {other}x.astype(jnp.{jnp.dtype(weight_dtype)})"
         )
     return x
+
+
+def check_leaves(stack, where: str) -> None:
+    """Refuses leaves that `jax.tree.map` has reshaped or cast, before they fail deep inside."""
+    qweight, perm = stack.qweight, stack.perm
+    if qweight.ndim != 4:
+        raise ValueError(
+            f"{where}: the stack's qweight has shape {qweight.shape}, expected 4 axes "
+            "(E, N / 64, K / 64, words); use vmap or scan over further leading axes"
+        )
+    if qweight.dtype != jnp.uint32 or (perm is not None and perm.dtype != jnp.int32):
+        raise TypeError(
+            f"{where}: the stack's qweight is {qweight.dtype}, expected uint32 (perm: int32); "
+            "change the compute dtype with stack.astype(...), not leaf by leaf"
+        )
 
 
 def check_implementation(implementation: str | None, dtype, where: str) -> None:
@@ -74,7 +90,7 @@ def check_positive(value, name: str, where: str) -> int:
 
 def check_ids(ids, name: str, where: str) -> jax.Array:
     """Integer ids as int32, rank 1."""
-    host = isinstance(ids, np.ndarray | list | tuple)
+    host = not isinstance(ids, jax.Array)
     array = np.asarray(ids) if host else ids
     if array.size == 0 and host:
         array = array.astype(np.int32)  # an empty list has no dtype of its own
@@ -82,6 +98,10 @@ def check_ids(ids, name: str, where: str) -> jax.Array:
         raise TypeError(f"{where}: {name} has dtype {array.dtype}, expected integers")
     if array.ndim != 1:
         raise ValueError(f"{where}: {name} has shape {array.shape}, expected one axis")
+    # Wide ids are clipped, not cut: none may wrap into the range of ids that mean something.
+    has, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
+    if has.min < int32.min or has.max > int32.max:
+        array = array.clip(max(has.min, int32.min), min(has.max, int32.max))
     return jnp.asarray(array, jnp.int32)
 
 

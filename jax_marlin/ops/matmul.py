@@ -61,6 +61,7 @@ def matmul(
         (3, 128)
     """
     stack, expert, own_bias, first_tile, n = _view(w)
+    checks.check_leaves(stack, "matmul")
     spec = stack.spec
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")

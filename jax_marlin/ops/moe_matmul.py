@@ -1,7 +1,6 @@
 """moe_matmul: rows routed to experts times an expert stack, in one launch."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -114,6 +113,7 @@ def routed_matmul(
     """
     if not isinstance(stack, MarlinExpertStack) or stack.is_single:
         raise TypeError(f"{where}: stack is {stack!r}, expected a MarlinExpertStack of experts")
+    checks.check_leaves(stack, where)
     spec = stack.spec
     x = checks.check_x(x, spec.k, stack.dtype, where, rank=2)
     checks.check_implementation(implementation, x.dtype, where)
@@ -135,7 +135,7 @@ def routed_matmul(
         slots,
         expert_ids,
         used,
-        _flat_weights(topk_weights, x.shape[0] * top_k, where),
+        _flat_weights(topk_weights, x.shape[0], top_k, where),
         bits=spec.bits,
         k=spec.k,
         n=spec.n,
@@ -169,7 +169,7 @@ def _check_routing(routing, num_experts, moe_block_size, where):
     return slots, expert_ids, used
 
 
-def _flat_weights(topk_weights, num_rows, where):
+def _flat_weights(topk_weights, num_tokens, top_k, where):
     """Router weights as float32[R], or empty."""
     if topk_weights is None:
         return jnp.zeros((0,), jnp.float32)
@@ -179,12 +179,12 @@ def _flat_weights(topk_weights, num_rows, where):
             f"{where}: topk_weights has dtype {weights.dtype}, expected a float dtype; "
             "are topk_ids and topk_weights swapped?"
         )
-    if weights.ndim not in (1, 2) or math.prod(weights.shape) != num_rows:
+    if weights.shape not in ((num_tokens * top_k,), (num_tokens, top_k)):
         raise ValueError(
-            f"{where}: topk_weights has shape {weights.shape}, expected T * top_k = {num_rows} "
-            "values"
+            f"{where}: topk_weights has shape {weights.shape}, expected (T, top_k) = "
+            f"({num_tokens}, {top_k}), or flat ({num_tokens * top_k},)"
         )
-    return weights.reshape(num_rows).astype(jnp.float32)
+    return weights.reshape(num_tokens * top_k).astype(jnp.float32)
 
 
 def _shape_rule(x, *operands, n, top_k, out_dtype, **_):

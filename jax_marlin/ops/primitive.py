@@ -61,7 +61,8 @@ def register_lowerings(
 
     def lower_cuda(ctx, *operands, implementation, **params):
         usable = ffi_targets.cuda_unavailable_reason() is None
-        if implementation == "xla" or not (usable and has_kernel(ctx.avals_out, *ctx.avals_in)):
+        usable = usable and has_kernel(ctx.avals_out, *ctx.avals_in, **params)
+        if implementation == "xla" or not usable:
             return lower_function(default, ctx, operands, params)
         ffi_targets.ensure_registered()
         return lower_function(custom_call, ctx, operands, params)
@@ -93,7 +94,7 @@ def or_empty(leaf, dtype) -> jax.Array:
     return jnp.zeros((0,), dtype) if leaf is None else leaf
 
 
-def has_kernel(results, x, *_) -> bool:
+def has_kernel(results, x, *_, **__) -> bool:
     """Whether our GEMM kernels take the call: 16-bit x, and something to compute."""
     return x.dtype in checks.KERNEL_DTYPES and not any(_is_zero(d) for d in results[0].shape)
 
