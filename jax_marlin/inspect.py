@@ -74,7 +74,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, list_modules: bool) -> str:
     for info in infos:
         rows[_scheme(info)].append(info)
     table: list[Sequence[str]] = [("kind", "bits", "group size", "zero points", *_COUNTED)]
-    for scheme in sorted(rows, key=lambda scheme: ("gptq", "dense", "other").index(scheme[0])):
+    for scheme in sorted(rows, key=lambda s: ({"dense": 1, "other": 2}.get(s[0], 0), s)):
         table.append((*scheme, *_counts(rows[scheme])))
     table.append(("total", "", "", "", *_counts(infos)))
     lines += _aligned(table)

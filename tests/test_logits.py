@@ -11,7 +11,15 @@ from jax_marlin import MarlinExpertStack, models
 from jax_marlin.models.decoder_layer import SparseMlp
 
 IN_REPOSITORY = ["qwen3moe-gptq-sym-g128", "qwen3moe-gptq-sym-desc-dynamic-lmhead"]
-CHECKPOINTS = [*IN_REPOSITORY, "qwen3moe-gptqv2-asym-g64", "qwen3moe-gptq-sym-channel"]
+CHECKPOINTS = [
+    *IN_REPOSITORY,
+    "qwen3moe-gptqv2-asym-g64",
+    "qwen3moe-gptq-sym-channel",
+    "qwen3moe-autoround-gptq-asym-g64",
+    "qwen3moe-awq-asym-g64",
+    "qwen3moe-ct-w4a16-sym-g128",
+    "qwen3moe-ct-w8a16-channel",
+]
 # Largest difference of logits whose standard deviation is 1.35.
 LIMITS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.3}
 ON_CUDA = [pytest.param(dtype, marks=pytest.mark.cuda) for dtype in ("float16", "bfloat16")]

@@ -15,9 +15,10 @@ from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.checkpoints import expert_stack, json_file
-from jax_marlin.checkpoints.gptq_module import read_canonical
+from jax_marlin.checkpoints.config_files import read_quantize_config
 from jax_marlin.checkpoints.modules import ModuleInfo, find_modules
-from jax_marlin.checkpoints.quantize_config import QuantizeConfig, read_quantize_config
+from jax_marlin.checkpoints.quantize_config import QuantizeConfig
+from jax_marlin.checkpoints.quantized_module import read_canonical
 from jax_marlin.checkpoints.safetensors_header import FLOATS
 from jax_marlin.checkpoints.shards import Shards
 from jax_marlin.weights import MarlinExpertStack, MarlinLinear
@@ -31,7 +32,10 @@ class Progress(Protocol):
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Opens a GPTQ (v1 or v2) or unquantized checkpoint directory; reads headers, no weights.
+    """Opens a GPTQ, AWQ, compressed-tensors or unquantized directory; reads headers, no weights.
+
+    Which modules are quantized is seen from their tensors; the config says with what parameters. Of
+    compressed-tensors the two numbers of each `weight_shape` are read too.
 
     Args:
         path: directory with config.json and .safetensors files, sharded (with an index) or not.
@@ -42,7 +46,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     Raises:
         ValueError: files are missing, truncated or contradict each other; the message names the
             file and the tensor.
-        NotImplementedError: quantized by another method than GPTQ with 4 or 8 bits.
+        NotImplementedError: a method, format or number of bits that does not load.
 
     >>> import pathlib, jax_marlin
     >>> path = pathlib.Path(jax_marlin.__file__).parent / "data" / "qwen3moe-gptq-sym-g128"
@@ -61,7 +65,11 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     quantization = read_quantize_config(directory, config)
     shards = Shards(directory)
     return Checkpoint(
-        directory, config, quantization, shards, find_modules(shards.tensors, quantization)
+        directory,
+        config,
+        quantization,
+        shards,
+        find_modules(shards.tensors, quantization, shards.read),
     )
 
 
@@ -91,7 +99,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """What the config says: "gptq", "gptq_v2", or "dense" where nothing is quantized."""
+        """What the config says: "gptq", "gptq_v2", "awq", "compressed-tensors", or "dense"."""
         return self.quantization.checkpoint_format if self.quantization else "dense"
 
     @property
@@ -135,7 +143,7 @@ class Checkpoint:
         The bias of a quantized module is part of what `load_linear` gives, so here it is None.
         """
         info = self._info(module, "bias")
-        if info.kind == "gptq" or "bias" not in info.tensors:
+        if info.quantization is not None or "bias" not in info.tensors:
             return None
         return self.dense(f"{module}.bias", dtype)
 
@@ -144,7 +152,7 @@ class Checkpoint:
         info = self._info(module, "linear")
         if info.kind == "dense":
             return self.shards.read(f"{module}.weight").T
-        return read_canonical(info, self.shards.read, self.format)
+        return read_canonical(info, self.shards.read)
 
     def load_linear(
         self, module: str, dtype: DTypeLike | None = None, *, progress: Progress | None = None
@@ -190,7 +198,7 @@ class Checkpoint:
         return expert_stack.load_expert_stack(
             self.modules,
             names,
-            lambda name: read_canonical(self.modules[name], self.shards.read, self.format),
+            lambda name: read_canonical(self.modules[name], self.shards.read),
             dtype=dtype,
             on_module=lambda: progress.update(1) if progress is not None else None,
         )

@@ -1,4 +1,4 @@
-"""Keys of GPTQ quantization configs: which are acted on, which must be neutral, which are harmless.
+"""Keys of GPTQ, AWQ and AutoRound configs: acted on, needed to be neutral, or harmless.
 
 Collected from GPTQModel's, AutoGPTQ's, transformers' and auto-round's writers. A key in none of the
 three lists is refused by name, since ignoring it could change the result.
@@ -26,6 +26,8 @@ NEUTRAL: dict[str, tuple] = {
     "rotation": (None, False, ""),
     "static_attention_dtype": (None,),
     "static_kv_dtype": (None,),
+    "super_bits": (None,),  # scales that are themselves quantized
+    "super_group_size": (None,),
     "transform_config": (None, {}),
 }
 
@@ -36,15 +38,16 @@ HARMLESS = frozenset(
     act_data_type act_dynamic act_group_aware act_group_size act_sym amp
     auto_forward_data_parallel autoround_version backend batch_size block_name_to_quantize
     cache_block_outputs damp_auto_increment damp_percent dataset dense_vram_strategy device
-    disable_exllama enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input
-    exllama_config fail_safe fallback foem gptaq gptaq_alpha gradient_accumulate_steps hessian
-    hyb_act iters lm_head low_cpu_mem_usage low_gpu_mem_usage lr max_input_length meta minmax_lr
+    disable_exllama disable_opt_rtn do_fuse duo_scaling enable_alg_ext enable_minmax_tuning
+    enable_norm_bias_tuning enable_quanted_input enable_torch_compile exllama_config fail_safe
+    fallback foem fuse_max_seq_len gptaq gptaq_alpha gradient_accumulate_steps hessian hyb_act
+    iters lm_head low_cpu_mem_usage low_gpu_mem_usage lr max_input_length meta minmax_lr
     model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block
-    modules_in_block_to_quantize modules_to_not_convert moe momentum mse not_use_best_mse nsamples
-    offload_to_disk offload_to_disk_path pack_impl pad_token_id parallel_packing provider
-    quant_lm_head scale_dtype seqlen static_attention_granularity static_groups
-    static_kv_granularity supported_types to_quant_block_names tokenizer true_sequential
-    use_cuda_fp16 use_exllama v2 vram_strategy
+    modules_in_block_to_quantize modules_to_fuse modules_to_not_convert moe momentum mse nblocks
+    not_use_best_mse nsamples offload_to_disk offload_to_disk_path pack_impl pad_token_id
+    parallel_packing provider quant_block_list quant_lm_head quant_nontext_module scale_dtype
+    seqlen static_attention_granularity static_groups static_kv_granularity supported_types
+    to_quant_block_names tokenizer true_sequential use_cuda_fp16 use_exllama v2 vram_strategy
     """.split()
 )
 

@@ -10,8 +10,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear, concat_columns
-from jax_marlin.checkpoints.gptq_module import Read, group_index, spec_of
+from jax_marlin.checkpoints.module_format import Read
 from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.quantized_module import group_index, scales_of, spec_of
 from jax_marlin.layout import TILE
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.stack_builder import StackBuilder
@@ -72,9 +73,9 @@ def load_expert_stack(
 
 def _stored_dtype(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]]) -> DTypeLike:
     """The one dtype of all scales; an error where one of them would be rounded to another."""
-    first = modules[experts[0][0]].tensors["scales"]
+    first = scales_of(modules[experts[0][0]])
     for name in (name for names in experts for name in names):
-        scales = modules[name].tensors["scales"]
+        scales = scales_of(modules[name])
         if scales.dtype != first.dtype:
             raise ValueError(
                 f"{_WHERE}: tensor {scales.name} is {scales.dtype}, expected {first.dtype} as "
@@ -102,7 +103,7 @@ def check_present(
             f"{where}: missing experts {list(missing)} of {len(experts)}, the first lacks {first}; "
             f"is the number of experts in config.json right, and are all shards there?"
         )
-    dense = [name for names in experts for name in names if modules[name].kind != "gptq"]
+    dense = [name for names in experts for name in names if modules[name].quantization is None]
     if dense:
         raise NotImplementedError(
             f"{where}: {len(dense)} modules are not quantized, the first is {dense[0]}, expected "

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from jax_marlin.checkpoints.formats import FORMATS
+from jax_marlin.checkpoints.module_format import Read, check_layout
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization, QuantizeConfig
 from jax_marlin.checkpoints.safetensors_header import FLOATS, TensorInfo
 
-_SCALES = ("F16", "BF16", "F32")  # what a stack can compute in
 # Ends of names that other formats write; without their config they would pass for plain tensors.
-_FOREIGN = ("weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2")
+_FOREIGN = (
+    "weight_packed weight_scale weight_scale_inv weight_scale_2 weight_shape weight_zero_point "
+    "weight_g_idx weight_global_scale"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +23,11 @@ class ModuleInfo:
 
     Attributes:
         name: what the names have in common.
-        kind: "gptq" (it has a qweight), "dense" (a float `weight`) or "other" (anything else, e.g.
-            attention sinks or a fused 3-D expert tensor).
+        kind: "gptq", "awq" or "compressed-tensors" where quantized, "dense" (a float `weight`) or
+            "other" (anything else, e.g. attention sinks or a fused 3-D expert tensor).
         shape: (K, N) of a linear, the stored shape of a 1-D weight, () for "other".
         tensors: last part of the tensor's name -> its header entry.
-        quantization: bits, group size and so on of a "gptq" module, else None.
+        quantization: bits, group size and so on of a quantized module, else None.
     """
 
     name: str
@@ -48,23 +52,21 @@ class ModuleInfo:
     @property
     def nbytes_dense(self) -> int:
         """Bytes of the same module with all its floats (or dequantized weights) in bfloat16."""
-        total = self.shape[0] * self.shape[1] * 2 if self.kind == "gptq" else 0
-        for part, info in self.tensors.items():
-            if self.kind == "gptq" and part in ("qweight", "scales", "qzeros", "g_idx"):
-                continue
-            total += info.size * 2 if info.dtype in FLOATS else info.nbytes
-        return total
+        if self.quantization is not None:
+            bias = self.tensors.get("bias")
+            return 2 * (self.shape[0] * self.shape[1] + (bias.size if bias else 0))
+        return sum(t.size * 2 if t.dtype in FLOATS else t.nbytes for t in self.tensors.values())
 
 
 def find_modules(
-    tensors: Mapping[str, TensorInfo], config: QuantizeConfig | None
+    tensors: Mapping[str, TensorInfo], config: QuantizeConfig | None, read: Read
 ) -> dict[str, ModuleInfo]:
-    """Groups tensors into modules, ordered by name; the presence of `qweight` decides the kind."""
+    """Groups tensors into modules, ordered by name; the presence of codes decides the kind."""
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name in sorted(tensors, key=_natural):
         module, _, part = name.rpartition(".")
         groups.setdefault(module, {})[part] = tensors[name]
-    return {name: _module(name, parts, config) for name, parts in groups.items()}
+    return {name: _module(name, parts, config, read) for name, parts in groups.items()}
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
@@ -72,21 +74,28 @@ def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
 
 
-def _module(name: str, parts: dict[str, TensorInfo], config: QuantizeConfig | None) -> ModuleInfo:
-    if "qweight" in parts:
-        return _gptq_module(name, parts, config)
+def _module(
+    name: str, parts: dict[str, TensorInfo], config: QuantizeConfig | None, read: Read
+) -> ModuleInfo:
+    where = f"open_checkpoint: module {name}"
+    if config is not None and FORMATS[config.checkpoint_format].codes in parts:
+        return _quantized(name, parts, config, read)
+    if config is None and "qweight" in parts:
+        raise ValueError(
+            f"{where} has a qweight, but there is no quantization_config in config.json and no "
+            f"quantize_config.json; add one that gives bits and group_size"
+        )
     foreign = [part for part in parts if part in _FOREIGN or part.endswith("_blocks")]
     if foreign:
         raise NotImplementedError(
             f"open_checkpoint: tensor {parts[foreign[0]].name} is of a format that jax_marlin does "
-            f"not load; it loads GPTQ (qweight, scales, qzeros, g_idx)"
+            f"not load, or not of the one that the quantization config names, or a shard is "
+            f"missing; it loads GPTQ, AWQ (qweight) and compressed-tensors (weight_packed)"
         )
-    orphans = [part for part in ("scales", "qzeros", "g_idx") if part in parts]
+    orphans = [part for part in ("qweight", "scales", "qzeros", "g_idx") if part in parts]
     if orphans:
-        raise ValueError(
-            f"open_checkpoint: module {name} has {' and '.join(orphans)} but no qweight; is a "
-            f"shard missing?"
-        )
+        codes = FORMATS[config.checkpoint_format].codes if config else "qweight"
+        raise ValueError(f"{where} has {' and '.join(orphans)} but no {codes}; is a shard missing?")
     weight = parts.get("weight")
     if weight is None or weight.dtype not in FLOATS or len(weight.shape) > 2:
         return ModuleInfo(name, "other", (), parts)
@@ -94,55 +103,15 @@ def _module(name: str, parts: dict[str, TensorInfo], config: QuantizeConfig | No
     return ModuleInfo(name, "dense", weight.shape[::-1], parts)
 
 
-def _gptq_module(
-    name: str, parts: dict[str, TensorInfo], config: QuantizeConfig | None
+def _quantized(
+    name: str, parts: dict[str, TensorInfo], config: QuantizeConfig, read: Read
 ) -> ModuleInfo:
     where = f"open_checkpoint: module {name}"
-    if config is None:
-        raise ValueError(
-            f"{where} has a qweight, but there is no quantization_config in config.json and no "
-            f"quantize_config.json; add one that gives bits and group_size"
-        )
-    if "scales" not in parts:
-        raise ValueError(f"{where} has a qweight but no scales; is a shard missing?")
     quantization = config.for_module(name)
-    bits, qweight = quantization.bits, parts["qweight"]
-    if len(qweight.shape) != 2:
-        raise ValueError(f"{where}: qweight has shape {qweight.shape}, expected (K * bits / 32, N)")
-    rows, n = qweight.shape
-    if rows == 0 or n == 0:
-        raise ValueError(f"{where}: qweight has shape {qweight.shape}, expected no empty axis")
-    k = rows * 32 // bits
-    g_idx = parts.get("g_idx")
-    if g_idx is not None and g_idx.size < k and -(-g_idx.size * bits // 32) == rows:
-        k = g_idx.size  # the last word of each column is not full
-    group_size = quantization.group_size if 0 < quantization.group_size < k else k
-    groups = -(-k // group_size)
-    if quantization.desc_act and groups > 1 and "g_idx" not in parts:
-        raise ValueError(
-            f"{where}: desc_act is true but there is no g_idx to say which row is of which group; "
-            f"is a shard missing, or desc_act wrong?"
-        )
-    layouts = {
-        "qweight": (("I32", "U32"), (rows, n)),
-        "scales": (_SCALES, (groups, n)),
-        "qzeros": (("I32", "U32"), (groups, -(-n * bits // 32))),
-        "g_idx": (("I32", "I64"), (k,)),
-        "bias": (_SCALES, (n,)),
-    }
-    for part, info in parts.items():
-        if part not in layouts:
-            raise ValueError(
-                f"{where}: unknown tensor {info.name} beside a qweight, expected only "
-                f"{', '.join(layouts)}"
-            )
-        dtypes, shape = layouts[part]
-        if info.dtype not in dtypes:
-            raise ValueError(f"{where}: {part} is {info.dtype}, expected {' or '.join(dtypes)}")
-        if info.shape != shape:
-            raise ValueError(
-                f"{where}: {part} has shape {info.shape}, expected {shape} for K={k}, N={n}, "
-                f"bits={bits}, group_size={quantization.group_size}; are bits and group_size of "
-                f"the quantization config right?"
-            )
-    return ModuleInfo(name, "gptq", (k, n), parts, quantization)
+    module_format = FORMATS[quantization.checkpoint_format]
+    codes, scales = module_format.codes, module_format.scales
+    if scales not in parts:
+        raise ValueError(f"{where} has a {codes} but no {scales}; is a shard missing?")
+    layout = module_format.layout(parts, quantization, read, where)
+    check_layout(layout, parts, quantization, codes, where)
+    return ModuleInfo(name, module_format.kind, (layout.k, layout.n), parts, quantization)

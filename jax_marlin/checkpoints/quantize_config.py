@@ -1,32 +1,39 @@
-"""A checkpoint's GPTQ config: read from one or more files, checked, and asked for each module."""
+"""A quantization config: its base, its rules, what they say of each module; GPTQ's reader."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Mapping
 
-from jax_marlin.checkpoints import json_file
 from jax_marlin.checkpoints.config_keys import ACTED_ON, PER_MODULE, REMEDY, check_keys
 
 _FORMATS = ("gptq", "gptq_v2")
-_OTHER_FILES = ("quantize_config.json", "quantization_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleQuantization:
-    """The parameters of one module's GPTQ tensors."""
+    """The parameters of one module's tensors."""
 
     bits: int
     group_size: int  # as written: -1 is one group for all of K
     symmetric: bool | None  # None: not said, so zero points are taken as stored
     desc_act: bool
+    checkpoint_format: str = "gptq"  # "gptq" stores zero points minus one, "gptq_v2" as they are
+
+    @classmethod
+    def start(cls, checkpoint_format: str) -> ModuleQuantization:
+        """What `override` starts from; bits and group_size are then required."""
+        return cls(4, -1, None, False, checkpoint_format)
+
+    def num_groups(self, k: int) -> int:
+        """Groups along K; a group_size of -1, or past K, is one group."""
+        return -(-k // self.group_size) if 0 < self.group_size < k else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
-    """A GPTQ quantization config: `base` for every module, `dynamic` for those its patterns match.
+    """A quantization config: `base` for every module, `dynamic` for those its patterns match.
 
     >>> config = QuantizeConfig.parse(
     ...     {"bits": 4, "group_size": 128, "dynamic": {"lm_head": {"bits": 8}}}, where="example"
@@ -35,33 +42,29 @@ class QuantizeConfig:
     (8, 4)
     """
 
-    checkpoint_format: str  # "gptq" stores zero points minus one, "gptq_v2" as they are
     base: ModuleQuantization
     dynamic: tuple[tuple[str, Mapping], ...] = ()  # (pattern, overrides), in the file's order
 
+    @property
+    def checkpoint_format(self) -> str:
+        """The format of the tensors: a key of `formats.FORMATS`."""
+        return self.base.checkpoint_format
+
     @classmethod
     def parse(cls, raw: Mapping, where: str) -> QuantizeConfig:
-        """Checks every key of `raw`; errors start with `where`."""
-        for key in ("quant_method", "method"):
-            if raw.get(key) not in (None, "gptq"):
-                raise NotImplementedError(
-                    f"{where}: {key} is {raw[key]!r}, and jax_marlin loads only 'gptq'; {REMEDY}"
-                )
+        """Reads a GPTQ config and checks every key of it; errors start with `where`."""
         check_keys(raw, ACTED_ON, where)
-        for key in ("bits", "group_size"):
-            if raw.get(key) is None:
-                raise ValueError(
-                    f"{where}: {key} is not given; add what the quantizer was run with"
-                )
-        # bits and group_size of this start never survive
-        start = ModuleQuantization(bits=4, group_size=-1, symmetric=None, desc_act=False)
-        base = _override(start, raw, where)
-        dynamic = raw.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping):
-            raise ValueError(f"{where}: dynamic is {dynamic!r}, expected pattern -> overrides")
-        for pattern, overrides in dynamic.items():
-            _check_rule(base, pattern, overrides, f"{where}: dynamic rule {pattern!r}")
-        return cls(_checkpoint_format(raw, where), base, tuple(dynamic.items()))
+        start = ModuleQuantization.start(_checkpoint_format(raw, where))
+        base = override(start, raw, where, required=True)
+        return cls(base, read_dynamic(base, raw, where))
+
+    def overridden(self) -> list[tuple[str, ModuleQuantization]]:
+        """What each rule that quantizes says: (its name for messages, the parameters)."""
+        return [
+            (f"dynamic rule {pattern!r}: ", override(self.base, overrides, pattern))
+            for pattern, overrides in self.dynamic
+            if not pattern.startswith("-:")
+        ]
 
     def for_module(self, module: str) -> ModuleQuantization:
         """Parameters of a quantized module: `base`, changed by the first rule that matches.
@@ -76,66 +79,24 @@ class QuantizeConfig:
                 continue
             pattern = pattern.removeprefix("+:")
             if pattern == module or re.match(pattern, module):
-                return _override(self.base, overrides, f"dynamic rule {pattern!r}")
+                return override(self.base, overrides, f"dynamic rule {pattern!r}")
         return self.base
 
 
-def read_quantize_config(directory: pathlib.Path, config: Mapping) -> QuantizeConfig | None:
-    """Reads config.json's `quantization_config` and the older files beside it; None without any.
-
-    Args:
-        directory: the checkpoint.
-        config: its config.json.
-
-    Raises:
-        ValueError: a key is unknown or has no valid value, or two files disagree on what changes
-            the result.
-        NotImplementedError: a format, method or width that is not GPTQ of 4 or 8 bit.
-    """
-    found: list[tuple[str, Mapping]] = []
-    inside = config.get("quantization_config")
-    if inside is not None:
-        if not isinstance(inside, Mapping):
-            raise ValueError(
-                f"open_checkpoint: {directory / 'config.json'}: quantization_config is {inside!r}, "
-                f"expected an object"
-            )
-        found.append(("config.json", inside))
-    for name in _OTHER_FILES:
-        if (directory / name).is_file():
-            found.append((name, json_file.read_object(directory / name)))
-    parsed = [
-        (name, QuantizeConfig.parse(raw, f"open_checkpoint: {directory / name}"))
-        for name, raw in found
-    ]
-    for name, other in parsed[1:]:
-        _check_agreement(directory, *parsed[0], name, other)
-    return parsed[0][1] if parsed else None
+def read_dynamic(
+    base: ModuleQuantization, raw: Mapping, where: str
+) -> tuple[tuple[str, Mapping], ...]:
+    """The rules under the key `dynamic`, each checked, in the file's order."""
+    dynamic = raw.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise ValueError(f"{where}: dynamic is {dynamic!r}, expected pattern -> overrides")
+    for pattern, overrides in dynamic.items():
+        check_rule(base, pattern, overrides, f"{where}: dynamic rule {pattern!r}")
+    return tuple(dynamic.items())
 
 
-def _check_agreement(
-    directory: pathlib.Path, name: str, a: QuantizeConfig, other_name: str, b: QuantizeConfig
-) -> None:
-    """Raises if two files give different values for what changes the result."""
-    fields, other_fields = (
-        {
-            "checkpoint_format": config.checkpoint_format,
-            **dataclasses.asdict(config.base),
-            "dynamic": config.dynamic,  # a tuple: the order of rules counts
-        }
-        for config in (a, b)
-    )
-    if None in (a.base.symmetric, b.base.symmetric):
-        del fields["symmetric"]  # one of them does not say
-    for key, value in fields.items():
-        if value != other_fields[key]:
-            raise ValueError(
-                f"open_checkpoint: {directory}: {key} is {value!r} in {name} but "
-                f"{other_fields[key]!r} in {other_name}; remove the file that is wrong"
-            )
-
-
-def _check_rule(base: ModuleQuantization, pattern: str, overrides: object, where: str) -> None:
+def check_rule(base: ModuleQuantization, pattern: str, overrides: object, where: str) -> None:
+    """Raises unless `pattern` is a regular expression and `overrides` holds valid keys."""
     try:
         re.compile(pattern.removeprefix("-:").removeprefix("+:"))
     except re.error as error:
@@ -144,7 +105,7 @@ def _check_rule(base: ModuleQuantization, pattern: str, overrides: object, where
         raise ValueError(f"{where}: overrides are {overrides!r}, expected an object")
     if not pattern.startswith("-:"):
         check_keys(overrides, PER_MODULE, where)
-        _override(base, overrides, where)
+        override(base, overrides, where)
 
 
 def _checkpoint_format(raw: Mapping, where: str) -> str:
@@ -160,8 +121,13 @@ def _checkpoint_format(raw: Mapping, where: str) -> str:
     return formats[0] if formats else "gptq"  # neither key: written before v2 existed
 
 
-def _override(base: ModuleQuantization, raw: Mapping, where: str) -> ModuleQuantization:
-    """`base` with the keys that `raw` gives, each checked."""
+def override(
+    base: ModuleQuantization, raw: Mapping, where: str, *, required: bool = False
+) -> ModuleQuantization:
+    """`base` with the keys that `raw` gives, each checked; `required`: bits and group_size too."""
+    for key in ("bits", "group_size") if required else ():
+        if raw.get(key) is None:
+            raise ValueError(f"{where}: {key} is not given; add what the quantizer was run with")
     bits, group_size = raw.get("bits", base.bits), raw.get("group_size", base.group_size)
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ValueError(f"{where}: bits is {bits!r}, expected 4 or 8")
@@ -174,4 +140,6 @@ def _override(base: ModuleQuantization, raw: Mapping, where: str) -> ModuleQuant
     for key, value in (("sym", symmetric), ("desc_act", desc_act)):
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"{where}: {key} is {value!r}, expected true or false")
-    return ModuleQuantization(bits, group_size, symmetric, bool(desc_act))
+    return dataclasses.replace(
+        base, bits=bits, group_size=group_size, symmetric=symmetric, desc_act=bool(desc_act)
+    )

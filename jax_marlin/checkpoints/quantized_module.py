@@ -1,0 +1,56 @@
+"""One quantized module of a checkpoint, of whatever format, read into its canonical form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_marlin.canonical import CanonicalLinear
+from jax_marlin.checkpoints.formats import FORMATS
+from jax_marlin.checkpoints.module_format import Format, Read
+from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.quantize_config import ModuleQuantization
+from jax_marlin.checkpoints.safetensors_header import TensorInfo
+from jax_marlin.quant_spec import QuantSpec
+
+
+def read_canonical(info: ModuleInfo, read: Read) -> CanonicalLinear:
+    """Reads a quantized module; the tensors as stored are dropped once converted."""
+    module_format, quantization = _format_of(info)
+    arrays = {part: read(tensor.name) for part, tensor in info.tensors.items()}
+    shape = (info.shape[0], info.shape[1])
+    return module_format.canonical(arrays, quantization, shape, f"Checkpoint: module {info.name}")
+
+
+def spec_of(info: ModuleInfo) -> QuantSpec:
+    """The QuantSpec of a quantized module."""
+    _, quantization = _format_of(info)
+    return QuantSpec.create(
+        bits=quantization.bits,
+        group_size=quantization.group_size,
+        k=info.shape[0],
+        n=info.shape[1],
+        where=f"Checkpoint: module {info.name}",
+    )
+
+
+def scales_of(info: ModuleInfo) -> TensorInfo:
+    """The header entry of a quantized module's scales."""
+    return info.tensors[_format_of(info)[0].scales]
+
+
+def group_index(info: ModuleInfo, read: Read) -> np.ndarray:
+    """The group [K] of each row; the plain one where the checkpoint leaves it out."""
+    part = _format_of(info)[0].g_idx
+    if part in info.tensors:
+        g_idx = read(info.tensors[part].name)
+        if not (g_idx == -1).all():  # compressed-tensors' way to say "not used"
+            return g_idx
+    return np.arange(info.shape[0]) // spec_of(info).group_size
+
+
+def _format_of(info: ModuleInfo) -> tuple[Format, ModuleQuantization]:
+    if info.quantization is None:
+        raise ValueError(
+            f"Checkpoint: module {info.name} is not quantized, expected a quantized one"
+        )
+    return FORMATS[info.quantization.checkpoint_format], info.quantization
