@@ -15,7 +15,7 @@ import numpy as np
 
 from jax_marlin.data import bundled_checkpoint
 from jax_marlin.inspect import describe
-from jax_marlin.models import Qwen3Moe, load
+from jax_marlin.models import CausalLM, load
 from jax_marlin.models.generation import stream, with_progress
 
 # Largest difference allowed between logits (of std about 1.35) and a float32 reference.
@@ -101,7 +101,7 @@ def _reference(path: pathlib.Path) -> dict[str, np.ndarray] | None:
         raise ValueError(f"{path} is no archive of input_ids and logits: {error}") from error
 
 
-def _check_logits(model: Qwen3Moe, expected: dict[str, np.ndarray]) -> int:
+def _check_logits(model: CausalLM, expected: dict[str, np.ndarray]) -> int:
     logits = jax.jit(lambda model, ids: model(ids))(model, jnp.asarray(expected["input_ids"]))
     difference = float(np.abs(np.asarray(logits) - expected["logits"]).max())
     limit = LOGITS_LIMITS[model.dtype.name]
@@ -116,7 +116,7 @@ def _check_logits(model: Qwen3Moe, expected: dict[str, np.ndarray]) -> int:
     return 0 if within else 1
 
 
-def _decode(model: Qwen3Moe, prompt: np.ndarray, max_new_tokens: int) -> None:
+def _decode(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
     """Decodes and times; the first two tokens (prefill, first step) are those that compile."""
     started = time.perf_counter()
     steps = stream(model, prompt, max_new_tokens)

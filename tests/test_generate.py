@@ -78,7 +78,7 @@ def test_sampling_follows_its_key(model, greedy):
 def test_steps_compile_once(model, monkeypatch):
     models.generate(model, PROMPTS[:2], 5)
     # Only tracing runs the model's Python code: from here on it would fail.
-    monkeypatch.setattr(models.Qwen3Moe, "extend", None)
+    monkeypatch.setattr(models.CausalLM, "extend", None)
     assert models.generate(model, PROMPTS[1:] // 2, 5, eos_token_id=300).shape == (2, 5)
 
 

@@ -13,16 +13,17 @@ import safetensors.numpy
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
 from jax_marlin.models import layers
-from jax_marlin.models.config import Qwen3MoeConfig
+from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.decoder_layer import DenseMlp, SparseMlp
+from jax_marlin.models.loading import read_config
 
 CONFIG = json.loads((bundled_checkpoint() / "config.json").read_text())
 
 
-def config(**changes) -> Qwen3MoeConfig:
+def config(**changes) -> DecoderConfig:
     """The bundled config with keys changed; None removes one."""
     changed = {key: value for key, value in (CONFIG | changes).items() if value is not None}
-    return Qwen3MoeConfig.from_dict(changed)
+    return read_config(changed)[1]
 
 
 def test_old_and_new_config_keys_mean_the_same():
@@ -56,6 +57,8 @@ def test_which_layers_are_sparse():
         ({"hidden_act": "relu2"}, NotImplementedError, "hidden_act 'relu2'"),
         ({"rope_theta": 5.0}, ValueError, "rope_theta 5.0"),
         ({"num_experts": 4}, ValueError, "num_local_experts"),
+        ({"num_local_experts": [8]}, ValueError, r"num_local_experts': \[8\]"),
+        ({"decoder_sparse_step": 0}, ValueError, "decoder_sparse_step 0"),
         ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok 9"),
         ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads 3"),
         ({"hidden_size": "256"}, ValueError, "hidden_size '256'"),

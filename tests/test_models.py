@@ -11,8 +11,8 @@ import pytest
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
 from jax_marlin.models import layers
-from jax_marlin.models.config import Qwen3MoeConfig
 from jax_marlin.models.decoder_layer import DenseMlp
+from jax_marlin.models.loading import read_config
 
 CONFIG = json.loads((bundled_checkpoint() / "config.json").read_text())
 
@@ -74,7 +74,7 @@ def test_dense_mlp(name):
     rng = np.random.default_rng(4)
     gate, up, down = (rng.normal(size=s) / 4 for s in [(24, 40), (24, 40), (40, 24)])
     x = rng.normal(size=(2, 3, 24))
-    config = Qwen3MoeConfig.from_dict(CONFIG | {"hidden_act": name})
+    _, config = read_config(CONFIG | {"hidden_act": name})
     linears = [layers.DenseLinear(jnp.asarray(w, jnp.float32)) for w in (gate, up, down)]
     mlp = DenseMlp(linears[0], linears[1], linears[2], config)
     got = mlp(jnp.asarray(x, jnp.float32))
@@ -95,7 +95,7 @@ def test_dense_linear_adds_its_bias():
 
 
 @pytest.fixture(scope="module")
-def model() -> models.Qwen3Moe:
+def model() -> models.CausalLM:
     return models.load(bundled_checkpoint(), "float32")
 
 
@@ -108,9 +108,9 @@ def test_model_is_a_pytree_that_stays_packed(model):
 
 
 def test_bad_input_ids(model):
-    with pytest.raises(TypeError, match="Qwen3Moe: input_ids have dtype float64"):
+    with pytest.raises(TypeError, match="CausalLM: input_ids have dtype float64"):
         model(np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"Qwen3Moe: input_ids have shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"CausalLM: input_ids have shape \(3,\)"):
         model([1, 2, 3])
     with pytest.raises(IndexError, match=r"input_ids range over -1\.\.512, expected 0\.\.511"):
         model([[0, -1], [2, 512]])

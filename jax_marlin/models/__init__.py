@@ -1,7 +1,7 @@
 """Models built from checkpoints: `load` a directory, call it, or `generate` with it."""
 
+from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.generation import generate
 from jax_marlin.models.loading import load
-from jax_marlin.models.qwen3_moe import Qwen3Moe
 
-__all__ = ["Qwen3Moe", "generate", "load"]
+__all__ = ["CausalLM", "generate", "load"]

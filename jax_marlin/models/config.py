@@ -1,11 +1,8 @@
-"""Reads a Qwen3-MoE config.json: either generation of key names, or a refusal that says why."""
+"""What decoders read from a config.json: either generation of key names, or a refusal with why."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-ARCHITECTURE = "Qwen3MoeForCausalLM"
-MODEL_TYPE = "qwen3_moe"
 
 # transformers' name of an activation -> the name `moe_ffn` knows it by
 _ACTIVATIONS = {
@@ -19,14 +16,15 @@ _PLAIN_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3MoeConfig:
-    """What Qwen3-MoE's arithmetic depends on; frozen and hashable, so it can be pytree metadata.
+class DecoderConfig:
+    """What a decoder's arithmetic depends on; frozen and hashable, so it can be pytree metadata.
 
     Sizes are counts of features, heads, experts or layers. `sparse_layers[i]` says whether layer i
     is a mixture of experts (else one dense MLP of `intermediate_size`). `hidden_act` is a name of
-    `moe_ffn`'s.
+    `moe_ffn`'s. A family that needs more derives its own class.
     """
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -40,73 +38,79 @@ class Qwen3MoeConfig:
     hidden_act: str
     rms_norm_eps: float
     rope_theta: float
-    attention_bias: bool
+    qkv_bias: bool
+    o_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
     sparse_layers: tuple[bool, ...]
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "Qwen3MoeConfig":
-        """Checks a parsed config.json and keeps what the model needs.
 
-        Both key generations are read (`num_experts` or `num_local_experts`, `rope_theta` or
-        `rope_parameters`). Keys that Qwen3-MoE's published code does not read are ignored, as it
-        ignores them; those that it reads and this model does not implement are refused.
+def decoder_fields(
+    config: Mapping[str, Any], *, rms_norm_eps: float = 1e-6, rope_theta: float = 10000.0
+) -> dict[str, Any]:
+    """The fields of `DecoderConfig` that all families call by the same names.
 
-        Args:
-            config: the dictionary of a checkpoint's config.json.
+    Args:
+        config: the dictionary of a checkpoint's config.json.
+        rms_norm_eps: the family's default, where the key is absent.
+        rope_theta: the family's default, where neither generation's key is there.
 
-        Returns:
-            The configuration.
-
-        Raises:
-            NotImplementedError: another architecture, a scaled rope, a sliding window, an unknown
-                activation.
-            ValueError: a key is missing, or two keys contradict each other.
-        """
-        _check_architecture(config)
-        _check_full_attention(config)
-        heads = _size(config, "num_attention_heads")
-        kv_heads = _size(config, "num_key_value_heads")
-        if heads % kv_heads:
-            raise ValueError(
-                f"models.load: config.json has num_attention_heads {heads} and num_key_value_heads "
-                f"{kv_heads}, expected a multiple of it"
-            )
-        # Every layer's MLP is sparse except those listed or skipped by the step.
-        dense = set(config.get("mlp_only_layers") or ())
-        step = config.get("decoder_sparse_step", 1)
-        experts = _one_of(config, "num_experts", "num_local_experts")
-        layers = range(_size(config, "num_hidden_layers"))
-        sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in layers)
-        top_k = _size(config, "num_experts_per_tok") if any(sparse) else 0
-        if top_k > experts:
-            raise ValueError(
-                f"models.load: config.json has num_experts_per_tok {top_k}, expected at most the "
-                f"number of experts, {experts}"
-            )
-        return cls(
-            vocab_size=_size(config, "vocab_size"),
-            hidden_size=_size(config, "hidden_size"),
-            intermediate_size=0 if all(sparse) else _size(config, "intermediate_size"),
-            moe_intermediate_size=_size(config, "moe_intermediate_size") if any(sparse) else 0,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=config.get("head_dim") or _size(config, "hidden_size") // heads,
-            num_experts=experts,
-            num_experts_per_tok=top_k,
-            norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-            hidden_act=_activation(config),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=_rope_theta(config),
-            attention_bias=bool(config.get("attention_bias", False)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=_size(config, "max_position_embeddings"),
-            sparse_layers=sparse,
+    Raises:
+        NotImplementedError: a scaled or partial rope, or an unknown activation.
+        ValueError: a key is missing, or two keys contradict each other.
+    """
+    heads, kv_heads = size(config, "num_attention_heads"), size(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise ValueError(
+            f"models.load: config.json has num_attention_heads {heads} and num_key_value_heads "
+            f"{kv_heads}, expected a multiple of it"
         )
+    return {
+        "model_type": config["model_type"],
+        "vocab_size": size(config, "vocab_size"),
+        "hidden_size": size(config, "hidden_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": config.get("head_dim") or size(config, "hidden_size") // heads,
+        "hidden_act": _activation(config),
+        "rms_norm_eps": float(config.get("rms_norm_eps", rms_norm_eps)),
+        "rope_theta": _rope_theta(config, rope_theta),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "max_position_embeddings": size(config, "max_position_embeddings"),
+    }
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def expert_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `num_experts` and `num_experts_per_tok` of a model that has experts."""
+    experts, top_k = num_experts(config), size(config, "num_experts_per_tok")
+    if top_k > experts:
+        raise ValueError(
+            f"models.load: config.json has num_experts_per_tok {top_k}, expected at most the "
+            f"number of experts, {experts}"
+        )
+    return {"num_experts": experts, "num_experts_per_tok": top_k}
+
+
+def qwen_moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields about MLPs as the Qwen families name them: layers may be sparse or dense."""
+    check_full_attention(config)
+    # Every layer's MLP is sparse except those listed or skipped by the step.
+    dense = set(config.get("mlp_only_layers") or ())
+    step = size({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
+    layers, experts = range(size(config, "num_hidden_layers")), num_experts(config)
+    sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in layers)
+    counts = {"num_experts": experts, "num_experts_per_tok": 0}
+    return {
+        **(expert_counts(config) if any(sparse) else counts),
+        "intermediate_size": 0 if all(sparse) else size(config, "intermediate_size"),
+        "moe_intermediate_size": size(config, "moe_intermediate_size") if any(sparse) else 0,
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+        "sparse_layers": sparse,
+    }
+
+
+def size(config: Mapping[str, Any], key: str) -> int:
+    """A key that must be a positive integer."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
@@ -115,27 +119,19 @@ def _size(config: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _one_of(config: Mapping[str, Any], *keys: str) -> int:
-    """The value of a key that transformers renamed; both names may stand there if they agree."""
-    values = {config[key] for key in keys if config.get(key) is not None}
-    if len(values) != 1:
+def num_experts(config: Mapping[str, Any]) -> int:
+    """A key that transformers renamed; both names may stand there if they agree."""
+    keys = ("num_experts", "num_local_experts")
+    values = [config[key] for key in keys if config.get(key) is not None]
+    if not values or values[0] != values[-1] or type(values[0]) is not int:
         got = {key: config.get(key) for key in keys}
         raise ValueError(
             f"models.load: config.json has {got}, expected one number under either name"
         )
-    return values.pop()
+    return values[0]
 
 
-def _check_architecture(config: Mapping[str, Any]) -> None:
-    model_type, names = config.get("model_type"), config.get("architectures")
-    if model_type != MODEL_TYPE or (names is not None and ARCHITECTURE not in names):
-        raise NotImplementedError(
-            f"models.load: config.json has model_type {model_type!r} and architectures {names}, "
-            f"expected {MODEL_TYPE!r} and {ARCHITECTURE!r}, the one model implemented so far"
-        )
-
-
-def _check_full_attention(config: Mapping[str, Any]) -> None:
+def check_full_attention(config: Mapping[str, Any]) -> None:
     """A sliding window that is written down but switched off is normal; one in use is refused."""
     windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
     other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
@@ -156,7 +152,7 @@ def _activation(config: Mapping[str, Any]) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
+def _rope_theta(config: Mapping[str, Any], default: float) -> float:
     """Base of the rotary frequencies, from `rope_parameters`, or the older `rope_theta`."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -172,4 +168,4 @@ def _rope_theta(config: Mapping[str, Any]) -> float:
             f"models.load: config.json has rope_theta {old} and rope_parameters.rope_theta {new}, "
             "expected the same number"
         )
-    return float(next((theta for theta in (new, old) if theta is not None), 10000.0))
+    return float(next((theta for theta in (new, old) if theta is not None), default))

@@ -1,4 +1,4 @@
-"""One Qwen3-MoE layer; attributes are named as the checkpoint's tensors, so paths agree."""
+"""Parts of a decoder layer; attributes are named as the checkpoint's tensors, so paths agree."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_marlin.models.config import Qwen3MoeConfig
+from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate
 from jax_marlin.ops.moe_ffn import ACTIVATIONS, moe_ffn
 from jax_marlin.routing import route
@@ -18,15 +18,15 @@ _static: dict[str, Any] = {"metadata": {"static": True}}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Attention:
-    """Grouped-query attention whose query and key heads are RMS-normalised before the rotation."""
+    """Grouped-query attention; where norms are given, heads are normalised before the rotation."""
 
     q_proj: Linear  # [H, heads * D]
     k_proj: Linear  # [H, kv_heads * D]
     v_proj: Linear  # [H, kv_heads * D]
     o_proj: Linear  # [heads * D, H]
-    q_norm: jax.Array  # [D]
-    k_norm: jax.Array  # [D]
-    config: Qwen3MoeConfig = dataclasses.field(**_static)
+    q_norm: jax.Array | None  # [D]
+    k_norm: jax.Array | None  # [D]
+    config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(
         self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array
@@ -40,8 +40,10 @@ class Attention:
         q = self.q_proj(x).reshape(batch, seq, c.num_attention_heads, c.head_dim)
         k = self.k_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
         v = self.v_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
-        q = rotate(rms_norm(q, self.q_norm, c.rms_norm_eps), positions, c.rope_theta)
-        k = rotate(rms_norm(k, self.k_norm, c.rms_norm_eps), positions, c.rope_theta)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, c.rms_norm_eps)
+            k = rms_norm(k, self.k_norm, c.rms_norm_eps)
+        q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
@@ -58,7 +60,7 @@ class SparseMlp:
         MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack]
     )  # [E, H, 2 I], or a pair
     down: MarlinExpertStack  # [E, I, H]
-    config: Qwen3MoeConfig = dataclasses.field(**_static)
+    config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x `[..., H]` to the same shape."""
@@ -71,12 +73,12 @@ class SparseMlp:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class DenseMlp:
-    """The MLP of a layer without experts."""
+    """The MLP of a layer without experts, or one expert that every token passes."""
 
     gate_proj: Linear  # [H, F]
     up_proj: Linear  # [H, F]
     down_proj: Linear  # [F, H]
-    config: Qwen3MoeConfig = dataclasses.field(**_static)
+    config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x `[..., H]` to the same shape; the activation in float32."""

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin.models.causal_lm import CausalLM, check_ids
 from jax_marlin.models.layers import KVCache
-from jax_marlin.models.qwen3_moe import Qwen3Moe, check_ids
 
 
 def generate(
-    model: Qwen3Moe,
+    model: CausalLM,
     ids: jax.typing.ArrayLike,
     max_new_tokens: int,
     *,
@@ -60,7 +60,7 @@ def generate(
 
 
 def stream(
-    model: Qwen3Moe,
+    model: CausalLM,
     ids: jax.typing.ArrayLike,
     max_new_tokens: int,
     *,
@@ -104,7 +104,7 @@ def stream(
 
 
 def _stream(
-    model: Qwen3Moe,
+    model: CausalLM,
     prompt: jax.Array,
     cache: KVCache,
     max_new_tokens: int,
@@ -125,7 +125,7 @@ def _stream(
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def _advance(
-    model: Qwen3Moe,
+    model: CausalLM,
     ids: jax.Array,
     cache: KVCache,
     ended: jax.Array,

@@ -1,130 +1,27 @@
-"""Qwen3-MoE, the language model: embedding, layers, logits, with a KV cache or without."""
+"""Qwen3-MoE: query and key heads are normalised; layers may be sparse or dense."""
 
-import dataclasses
-import functools
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from jax_marlin.models.config import Qwen3MoeConfig
-from jax_marlin.models.decoder_layer import DecoderLayer
-from jax_marlin.models.layers import DenseLinear, KVCache, Linear, linear_float32, rms_norm
+from jax_marlin.models.config import DecoderConfig, decoder_fields, qwen_moe_fields
+from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
+from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
+from jax_marlin.models.module_reader import ModuleReader
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Qwen3Moe:
-    """A Qwen3-MoE language model; a pytree, so pass it through `jax.jit` as an argument.
-
-    `model(input_ids)` gives the logits of every position. Packed weights stay packed.
-
-    >>> import jax, numpy as np, jax_marlin as jm
-    >>> from jax_marlin.data import bundled_checkpoint
-    >>> model = jm.models.load(bundled_checkpoint(), dtype="float32")
-    >>> logits = jax.jit(lambda model, ids: model(ids))(model, np.array([[3, 1, 4], [1, 5, 9]]))
-    >>> logits.shape, logits.dtype
-    ((2, 3, 512), dtype('float32'))
-    """
-
-    embed_tokens: jax.Array  # [vocab, H]
-    layers: tuple[DecoderLayer, ...]
-    norm: jax.Array  # [H]
-    lm_head: Linear | None  # [H, vocab]; None: the embedding, transposed
-    config: Qwen3MoeConfig = dataclasses.field(metadata={"static": True})
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The compute dtype."""
-        return self.embed_tokens.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights as they lie in memory, packed ones packed."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    def __call__(self, input_ids: jax.typing.ArrayLike) -> jax.Array:
-        """Logits of every position.
-
-        Args:
-            input_ids: integers `[batch, seq]`, every row from position 0 and without padding. In a
-                host array an id outside the vocabulary raises; on the device it is clamped into it.
-
-        Returns:
-            float32 `[batch, seq, vocab]`.
-
-        Raises:
-            TypeError: input_ids are not integers.
-            ValueError: input_ids are not `[batch, seq]`.
-            IndexError: an id in a host array is outside the vocabulary.
-        """
-        input_ids = check_ids(input_ids, self.config.vocab_size, "Qwen3Moe")
-        return _logits_of_all(self, input_ids)
-
-    def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of zeros for `capacity` positions of `batch` sequences."""
-        c = self.config
-        shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
-
-        def zeros() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, self.dtype) for _ in self.layers)
-
-        return KVCache(keys=zeros(), values=zeros(), length=jnp.zeros((), jnp.int32))
-
-    def extend(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Reads further tokens into the cache.
-
-        Args:
-            input_ids: integers `[batch, seq]`, at positions `cache.length` and up. The caller
-                sees to it that they fit: an overflow on the device goes unnoticed here.
-            cache: what earlier calls returned; donate it.
-
-        Returns:
-            float32 `[batch, vocab]`, the logits of the last position, and the new cache.
-        """
-        hidden, cache = self._hidden(input_ids, cache)
-        return self._logits(hidden[:, -1]), cache
-
-    def _hidden(self, input_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
-        eps, kept = self.config.rms_norm_eps, []
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        x = jnp.take(self.embed_tokens, input_ids, axis=0, mode="clip")  # [batch, seq, H]
-        for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            attended, keys_values = layer.self_attn(
-                rms_norm(x, layer.input_layernorm, eps), past, start
-            )
-            x = x + attended
-            x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm, eps))
-            kept.append(keys_values)
-        keys, values = zip(*kept, strict=True)
-        cache = KVCache(keys, values, length=start + input_ids.shape[1])
-        return rms_norm(x, self.norm, eps), cache
-
-    def _logits(self, hidden: jax.Array) -> jax.Array:
-        head = DenseLinear(self.embed_tokens.T) if self.lm_head is None else self.lm_head
-        return linear_float32(hidden, head)
+def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(config.get("attention_bias", False))
+    fields = decoder_fields(config) | qwen_moe_fields(config)
+    return DecoderConfig(**fields, qkv_bias=bias, o_bias=bias)
 
 
-@functools.partial(jax.jit, inline=True)
-def _logits_of_all(model: Qwen3Moe, input_ids: jax.Array) -> jax.Array:
-    """Jitted also where the caller is not: one compilation in place of hundreds of small ones."""
-    hidden, _ = model._hidden(input_ids, None)
-    return model._logits(hidden)
+def _read_layer(reader: ModuleReader, c: DecoderConfig, i: int) -> DecoderLayer:
+    def read_mlp(prefix: str) -> SparseMlp | DenseMlp:
+        if c.sparse_layers[i]:
+            return read_sparse_mlp(reader, c, f"{prefix}.mlp")
+        return read_dense_mlp(reader, c, f"{prefix}.mlp", c.intermediate_size)
+
+    return read_decoder_layer(reader, c, i, read_mlp, head_norms=True)
 
 
-def check_ids(input_ids: jax.typing.ArrayLike, vocab_size: int, where: str) -> jax.Array:
-    """Token ids as an int32 array `[batch, seq]`; see `Qwen3Moe.__call__` for what it refuses."""
-    on_host = not isinstance(input_ids, jax.Array)
-    ids = np.asarray(input_ids) if on_host else input_ids
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"{where}: input_ids have dtype {ids.dtype}, expected integers")
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(
-            f"{where}: input_ids have shape {ids.shape}, expected (batch, seq), both at least 1"
-        )
-    if on_host and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise IndexError(
-            f"{where}: input_ids range over {ids.min()}..{ids.max()}, expected 0..{vocab_size - 1}"
-        )
-    return jnp.asarray(ids).astype(jnp.int32)
+FAMILY = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_config, _read_layer)

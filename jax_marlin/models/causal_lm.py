@@ -1,0 +1,130 @@
+"""A decoder language model of any family: embedding, layers, logits, with a KV cache or without."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin.models.config import DecoderConfig
+from jax_marlin.models.decoder_layer import DecoderLayer
+from jax_marlin.models.layers import DenseLinear, KVCache, Linear, linear_float32, rms_norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class CausalLM:
+    """A language model of any supported family; a pytree: pass it through `jax.jit` as an argument.
+
+    `model(input_ids)` gives the logits of every position. Packed weights stay packed.
+
+    >>> import jax, numpy as np, jax_marlin as jm
+    >>> from jax_marlin.data import bundled_checkpoint
+    >>> model = jm.models.load(bundled_checkpoint(), dtype="float32")
+    >>> logits = jax.jit(lambda model, ids: model(ids))(model, np.array([[3, 1, 4], [1, 5, 9]]))
+    >>> logits.shape, logits.dtype
+    ((2, 3, 512), dtype('float32'))
+    """
+
+    embed_tokens: jax.Array  # [vocab, H]
+    layers: tuple[DecoderLayer, ...]
+    norm: jax.Array  # [H]
+    lm_head: Linear | None  # [H, vocab]; None: the embedding, transposed
+    config: DecoderConfig = dataclasses.field(metadata={"static": True})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype."""
+        return self.embed_tokens.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as they lie in memory, packed ones packed."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def __call__(self, input_ids: jax.typing.ArrayLike) -> jax.Array:
+        """Logits of every position.
+
+        Args:
+            input_ids: integers `[batch, seq]`, every row from position 0 and without padding. In a
+                host array an id outside the vocabulary raises; on the device it is clamped into it.
+
+        Returns:
+            float32 `[batch, seq, vocab]`.
+
+        Raises:
+            TypeError: input_ids are not integers.
+            ValueError: input_ids are not `[batch, seq]`.
+            IndexError: an id in a host array is outside the vocabulary.
+        """
+        input_ids = check_ids(input_ids, self.config.vocab_size, "CausalLM")
+        return _logits_of_all(self, input_ids)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache of zeros for `capacity` positions of `batch` sequences."""
+        c = self.config
+        shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
+
+        def zeros() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(shape, self.dtype) for _ in self.layers)
+
+        return KVCache(keys=zeros(), values=zeros(), length=jnp.zeros((), jnp.int32))
+
+    def extend(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Reads further tokens into the cache.
+
+        Args:
+            input_ids: integers `[batch, seq]`, at positions `cache.length` and up. The caller
+                sees to it that they fit: an overflow on the device goes unnoticed here.
+            cache: what earlier calls returned; donate it.
+
+        Returns:
+            float32 `[batch, vocab]`, the logits of the last position, and the new cache.
+        """
+        hidden, cache = self._hidden(input_ids, cache)
+        return self._logits(hidden[:, -1]), cache
+
+    def _hidden(self, input_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
+        eps, kept = self.config.rms_norm_eps, []
+        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        x = jnp.take(self.embed_tokens, input_ids, axis=0, mode="clip")  # [batch, seq, H]
+        for i, layer in enumerate(self.layers):
+            past = None if cache is None else (cache.keys[i], cache.values[i])
+            attended, keys_values = layer.self_attn(
+                rms_norm(x, layer.input_layernorm, eps), past, start
+            )
+            x = x + attended
+            x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm, eps))
+            kept.append(keys_values)
+        keys, values = zip(*kept, strict=True)
+        cache = KVCache(keys, values, length=start + input_ids.shape[1])
+        return rms_norm(x, self.norm, eps), cache
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        head = DenseLinear(self.embed_tokens.T) if self.lm_head is None else self.lm_head
+        return linear_float32(hidden, head)
+
+
+@functools.partial(jax.jit, inline=True)
+def _logits_of_all(model: CausalLM, input_ids: jax.Array) -> jax.Array:
+    """Jitted also where the caller is not: one compilation in place of hundreds of small ones."""
+    hidden, _ = model._hidden(input_ids, None)
+    return model._logits(hidden)
+
+
+def check_ids(input_ids: jax.typing.ArrayLike, vocab_size: int, where: str) -> jax.Array:
+    """Token ids as an int32 array `[batch, seq]`; see `CausalLM.__call__` for what it refuses."""
+    on_host = not isinstance(input_ids, jax.Array)
+    ids = np.asarray(input_ids) if on_host else input_ids
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{where}: input_ids have dtype {ids.dtype}, expected integers")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(
+            f"{where}: input_ids have shape {ids.shape}, expected (batch, seq), both at least 1"
+        )
+    if on_host and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise IndexError(
+            f"{where}: input_ids range over {ids.min()}..{ids.max()}, expected 0..{vocab_size - 1}"
+        )
+    return jnp.asarray(ids).astype(jnp.int32)

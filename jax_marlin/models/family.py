@@ -1,0 +1,87 @@
+"""What a family of models is to `load`, and how it reads the layer parts that families share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax_marlin.models.config import DecoderConfig
+from jax_marlin.models.decoder_layer import Attention, DecoderLayer, DenseMlp, SparseMlp
+from jax_marlin.models.module_reader import ModuleReader
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One architecture: its names in config.json, its config, and how a layer of it is read.
+
+    Attributes:
+        model_type: config.json's `model_type`.
+        architecture: the name that must stand in config.json's `architectures`.
+        read_config: config.json to a `DecoderConfig` or a class derived from it.
+        read_layer: (reader, that configuration, index) to the layer.
+    """
+
+    model_type: str
+    architecture: str
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    read_layer: Callable[[ModuleReader, Any, int], DecoderLayer]
+
+
+def read_decoder_layer(
+    reader: ModuleReader,
+    c: DecoderConfig,
+    i: int,
+    read_mlp: Callable[[str], SparseMlp | DenseMlp],
+    *,
+    head_norms: bool = False,
+) -> DecoderLayer:
+    """Layer i of the usual names; `read_mlp(prefix)` reads what follows attention.
+
+    `head_norms`: queries and keys are normalised, by `q_norm` and `k_norm`.
+    """
+    prefix = f"model.layers.{i}"
+    return DecoderLayer(
+        input_layernorm=reader.weight(f"{prefix}.input_layernorm", (c.hidden_size,)),
+        self_attn=_read_attention(reader, c, f"{prefix}.self_attn", head_norms),
+        post_attention_layernorm=reader.weight(
+            f"{prefix}.post_attention_layernorm", (c.hidden_size,)
+        ),
+        mlp=read_mlp(prefix),
+    )
+
+
+def _read_attention(
+    reader: ModuleReader, c: DecoderConfig, prefix: str, head_norms: bool
+) -> Attention:
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return Attention(
+        q_proj=reader.linear(f"{prefix}.q_proj", (c.hidden_size, queries), c.qkv_bias),
+        k_proj=reader.linear(f"{prefix}.k_proj", (c.hidden_size, keys), c.qkv_bias),
+        v_proj=reader.linear(f"{prefix}.v_proj", (c.hidden_size, keys), c.qkv_bias),
+        o_proj=reader.linear(f"{prefix}.o_proj", (queries, c.hidden_size), c.o_bias),
+        q_norm=reader.weight(f"{prefix}.q_norm", (c.head_dim,)) if head_norms else None,
+        k_norm=reader.weight(f"{prefix}.k_norm", (c.head_dim,)) if head_norms else None,
+        config=c,
+    )
+
+
+def read_dense_mlp(reader: ModuleReader, c: DecoderConfig, prefix: str, width: int) -> DenseMlp:
+    """The linears `gate_proj`, `up_proj` [H, width] and `down_proj` under `prefix`."""
+    return DenseMlp(
+        gate_proj=reader.linear(f"{prefix}.gate_proj", (c.hidden_size, width)),
+        up_proj=reader.linear(f"{prefix}.up_proj", (c.hidden_size, width)),
+        down_proj=reader.linear(f"{prefix}.down_proj", (width, c.hidden_size)),
+        config=c,
+    )
+
+
+def read_sparse_mlp(
+    reader: ModuleReader,
+    c: DecoderConfig,
+    prefix: str,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+) -> SparseMlp:
+    """The router `gate` and the `experts` under `prefix`; `names` are an expert's linears."""
+    shape = (c.num_experts, c.hidden_size, c.moe_intermediate_size)
+    gate_up, down = reader.experts(f"{prefix}.experts", names, shape)
+    router = reader.linear(f"{prefix}.gate", (c.hidden_size, c.num_experts))
+    return SparseMlp(router, gate_up, down, c)
