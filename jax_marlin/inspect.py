@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(describe(arguments.directory, modules=arguments.modules))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
