@@ -15,6 +15,7 @@
 #pragma once
 
 #include "kernel_config.cuh"
+#include "ptx.cuh"
 
 namespace jax_marlin {
 
@@ -63,11 +64,11 @@ __device__ __forceinline__ void dequantize(const uint32_t* words, const GroupSca
   for (int r = 0; r < 4; ++r) {
     const int b = r & 1;
     if constexpr (Config::kBits == 4) {
-      a[r] = scale_pair<Config>(((words[0] >> (4 * r)) & 0x000f000fu) | kBiasBits, group, b);
+      a[r] = scale_pair<Config>(ptx::and_or(words[0] >> (4 * r), 0x000f000fu, kBiasBits), group, b);
     } else if constexpr (!GroupScale<Config>::kThroughFloat) {
       // Bytes [lo.r, _, hi.r, _]; the mask clears the two that do not matter.
       const uint32_t codes = __byte_perm(words[0], words[1], r | (4 + r) << 8);
-      a[r] = scale_pair<Config>((codes & 0x00ff00ffu) | kBiasBits, group, b);
+      a[r] = scale_pair<Config>(ptx::and_or(codes, 0x00ff00ffu, kBiasBits), group, b);
     } else {
       float w[2];
 #pragma unroll

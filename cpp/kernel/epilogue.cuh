@@ -30,11 +30,22 @@ __device__ __forceinline__ void share_partials(const Accumulator<Config>& acc, i
   __syncthreads();
 }
 
+__device__ __forceinline__ void add(float4& sum, const float4& part) {
+  sum.x += part.x;
+  sum.y += part.y;
+  sum.z += part.z;
+  sum.w += part.w;
+}
+
+// The i-th four columns of the output tile, counted along columns.
 template <class Config>
-__device__ __forceinline__ float sum_warps(const SharedStorage<Config>& storage, int m, int n) {
-  float sum = 0.f;
+__device__ __forceinline__ float4 sum_warps(const SharedStorage<Config>& storage, int i) {
+  const int m = i / (Config::kColumns / 4), n = i % (Config::kColumns / 4) * 4;
+  float4 sum = {};
 #pragma unroll
-  for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) sum += storage.partial[warp_k][m][n];
+  for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
+    add(sum, *reinterpret_cast<const float4*>(&storage.partial[warp_k][m][n]));
+  }
   return sum;
 }
 
@@ -42,11 +53,11 @@ __device__ __forceinline__ float sum_warps(const SharedStorage<Config>& storage,
 template <class Config>
 __device__ __forceinline__ bool publish_part(const GemmParams& p, const WorkTile& tile,
                                              SharedStorage<Config>& storage) {
-  constexpr int kElements = Config::kTileM * Config::kColumns;
-  float* part = p.partials + (tile.index * p.split_k + tile.split) * kElements;
-  for (int i = threadIdx.x; i < kElements; i += kThreads) {
-    __stcg(part + i, sum_warps<Config>(storage, i / Config::kColumns, i % Config::kColumns));
-  }
+  constexpr int kVectors = Config::kTileM * Config::kColumns / 4;
+  float4* part =
+      reinterpret_cast<float4*>(p.partials) + (tile.index * p.split_k + tile.split) * kVectors;
+  for (int i = threadIdx.x; i < kVectors; i += kThreads)
+    __stcg(part + i, sum_warps<Config>(storage, i));
   __threadfence();  // the part is visible before the arrival that announces it
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -58,31 +69,53 @@ __device__ __forceinline__ bool publish_part(const GemmParams& p, const WorkTile
 }
 
 template <class Config>
-__device__ __forceinline__ float sum_parts(const GemmParams& p, const WorkTile& tile, int i) {
-  constexpr int kElements = Config::kTileM * Config::kColumns;
-  const float* part = p.partials + tile.index * p.split_k * kElements + i;
-  float sum = 0.f;
-  for (int split = 0; split < p.split_k; ++split) sum += __ldcg(part + split * kElements);
+__device__ __forceinline__ float4 sum_parts(const GemmParams& p, const WorkTile& tile, int i) {
+  constexpr int kVectors = Config::kTileM * Config::kColumns / 4;
+  const float4* part =
+      reinterpret_cast<const float4*>(p.partials) + tile.index * p.split_k * kVectors + i;
+  float4 sum = {};
+#pragma unroll 4
+  for (int split = 0; split < p.split_k; ++split) add(sum, __ldcg(part + split * kVectors));
   return sum;
 }
 
 template <class Config>
-__device__ __forceinline__ void store(const GemmParams& p, const WorkTile& tile, int64_t row, int n,
-                                      float value) {
-  using Element = typename Config::Element;
-  const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[row];
+__device__ __forceinline__ float apply(const GemmParams& p, const WorkTile& tile, float weight,
+                                       int n, float value) {
   if (p.weights_before_bias) value *= weight;
   if (p.bias != nullptr) {
     const int64_t stack_column = p.bias_stride == 0 ? n : p.first_tile * kTile + n;
-    const Element* bias = static_cast<const Element*>(p.bias);
+    const auto* bias = static_cast<const typename Config::Element*>(p.bias);
     value += Config::to_float(bias[tile.expert * p.bias_stride + stack_column]);
   }
-  if (!p.weights_before_bias) value *= weight;
+  return p.weights_before_bias ? value : value * weight;
+}
+
+// Columns n .. n + 3 of a row; those past p.n are dropped.
+template <class Config>
+__device__ __forceinline__ void store(const GemmParams& p, const WorkTile& tile, int64_t row, int n,
+                                      const float4& sum) {
+  using Element = typename Config::Element;
+  const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[row];
+  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
   const int64_t at = row * p.n + n;
-  if (p.out_is_float32)
-    static_cast<float*>(p.out)[at] = value;
-  else
-    static_cast<Element*>(p.out)[at] = Config::from_float(value);
+  union {
+    Element narrow[4];
+    uint2 bits;
+  } values;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i >= p.n) return;
+    const float value = apply<Config>(p, tile, weight, n + i, sums[i]);
+    values.narrow[i] = Config::from_float(value);
+    if (p.out_is_float32)
+      static_cast<float*>(p.out)[at + i] = value;
+    else if (p.n % 4 != 0)
+      static_cast<Element*>(p.out)[at + i] = values.narrow[i];
+  }
+  if (!p.out_is_float32 && p.n % 4 == 0) {
+    *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + at) = values.bits;
+  }
 }
 
 template <class Config>
@@ -91,14 +124,13 @@ __device__ __forceinline__ void finish(const GemmParams& p, const WorkTile& tile
                                        SharedStorage<Config>& storage) {
   share_partials<Config>(acc, warp_n, warp_k, storage);
   if (p.split_k > 1 && !publish_part<Config>(p, tile, storage)) return;
-  for (int i = threadIdx.x; i < Config::kTileM * Config::kColumns; i += kThreads) {
-    const int m = i / Config::kColumns, column = i % Config::kColumns;
-    const int n = tile.column_block * Config::kColumns + column;
-    const int row = storage.out_row[m];
+  constexpr int kRowVectors = Config::kColumns / 4;
+  for (int i = threadIdx.x; i < Config::kTileM * kRowVectors; i += kThreads) {
+    const int n = tile.column_block * Config::kColumns + i % kRowVectors * 4;
+    const int row = storage.out_row[i / kRowVectors];
     if (row < 0 || n >= p.n) continue;
-    store<Config>(
-        p, tile, row, n,
-        p.split_k > 1 ? sum_parts<Config>(p, tile, i) : sum_warps<Config>(storage, m, column));
+    store<Config>(p, tile, row, n,
+                  p.split_k > 1 ? sum_parts<Config>(p, tile, i) : sum_warps<Config>(storage, i));
   }
 }
 

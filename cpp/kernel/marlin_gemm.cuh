@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads, Config::kMinBlocks)
   x.start();
   WeightRing<Config> weights(p, tile, tiles_per_warp, warp_n, warp_k);
 #pragma unroll
-  for (int slot = 0; slot < Config::kDepth; ++slot) weights.request(slot, slot);
+  for (int slot = 0; slot < Config::kDepth; ++slot) weights.request(slot);
+  weights.advance();
 
   Accumulator<Config> acc = {};
   for (int k_tile = 0; k_tile < tiles_per_warp; k_tile += Config::kDepth) {
@@ -73,8 +74,9 @@ __global__ void __launch_bounds__(kThreads, Config::kMinBlocks)
         x.advance();
       }
       multiply_tile<Config>(x, weights, slot, slot % Config::kChunk, warp_n, warp_k, acc);
-      weights.request(slot, k_tile + slot + Config::kDepth);
+      weights.request(slot);
     }
+    weights.advance();
   }
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }

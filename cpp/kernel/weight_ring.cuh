@@ -17,7 +17,7 @@ class WeightRing {
                                         int tiles_per_warp, int warp_n, int warp_k) {
     const int last_tile = (p.n + kTile - 1) / kTile - 1;
     const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
-    end_ = min(begin + tiles_per_warp, tile.k_tile_end) - begin;
+    remaining_ = min(begin + tiles_per_warp, tile.k_tile_end) - begin;
 #pragma unroll
     for (int f = 0; f < Config::kFragsN; ++f) {
       const int fragment = warp_n * Config::kFragsN + f;  // of 16 columns, in this block
@@ -31,16 +31,26 @@ class WeightRing {
     }
   }
 
-  // Requests K tile `k_tile` (counted from the warp's first) into ring slot `slot`.
-  __device__ __forceinline__ void request(int slot, int k_tile) {
+  // Requests the next K tile for ring slot `slot`. Past the warp's last tile the slot keeps old
+  // codes: their scales are zero in the x stage, so they add nothing.
+  __device__ __forceinline__ void request(int slot) {
 #pragma unroll
     for (int f = 0; f < Config::kFragsN; ++f) {
 #pragma unroll
       for (int v = 0; v < Config::kVectors; ++v) {
-        ring_[slot][f][v] =
-            k_tile < end_ ? ptx::load_stream(source_[f] + k_tile * Config::kWordsPerTile + 4 * v)
-                          : make_uint4(0, 0, 0, 0);
+        if (slot < remaining_) {
+          ring_[slot][f][v] = ptx::load_stream(source_[f] + slot * Config::kWordsPerTile + 4 * v);
+        }
       }
+    }
+  }
+
+  // After all slots have been requested once: the ring's next turn.
+  __device__ __forceinline__ void advance() {
+    remaining_ -= Config::kDepth;
+#pragma unroll
+    for (int f = 0; f < Config::kFragsN; ++f) {
+      source_[f] += Config::kDepth * Config::kWordsPerTile;
     }
   }
 
@@ -56,9 +66,9 @@ class WeightRing {
   }
 
  private:
-  uint4 ring_[Config::kDepth][Config::kFragsN][Config::kVectors];
+  uint4 ring_[Config::kDepth][Config::kFragsN][Config::kVectors] = {};
   const uint32_t* source_[Config::kFragsN];
-  int end_;  // K tiles of this warp
+  int remaining_;  // K tiles of this warp from source_ on
 };
 
 }  // namespace jax_marlin
