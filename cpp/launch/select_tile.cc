@@ -1,4 +1,4 @@
-// The smallest tile that takes all rows, and a K split that fills the GPU.
+// The tile that takes all rows, its width, and a K split that fills the GPU.
 
 #include "select_tile.h"
 
@@ -9,17 +9,44 @@
 namespace jax_marlin {
 namespace {
 
-// More blocks than this never share outputs, on any GPU: it bounds the scratch.
-constexpr int64_t kMaxSplitBlocks = 640;
+// At least as many multiprocessors as any GPU has: with the table it bounds the scratch.
+constexpr int kMaxSmCount = 216;
 constexpr int kMaxSplitK = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The smallest tile that takes all rows, else the largest.
-int tile_for_rows(int64_t rows) {
+// Blocks that the GPU holds at once; K is split only up to there.
+int64_t max_split_blocks(const TileConfig& tile, int bits, int sm_count) {
+  return static_cast<int64_t>(sm_count) * tile.blocks_per_sm(bits);
+}
+
+int64_t tile_rows(const GemmProblem& problem) {
+  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+}
+
+// The smallest tile that takes all rows, else the largest; of its widths the narrow one.
+int narrow_tile(const GemmProblem& problem) {
   int tile = 0;
-  while (tile + 1 < kNumTiles && kTileTable[tile].tile_m < rows) ++tile;
+  for (int next = 1; next < kNumTiles && kTileTable[tile].tile_m < tile_rows(problem); ++next) {
+    if (kTileTable[next].tile_m > kTileTable[tile].tile_m) tile = next;
+  }
   return tile;
+}
+
+bool has_wide(int narrow) {
+  return narrow + 1 < kNumTiles && kTileTable[narrow + 1].tile_m == kTileTable[narrow].tile_m;
+}
+
+// Thresholds measured on an H200; see the table for why.
+bool prefers_wide(const GemmProblem& problem, int narrow, int sm_count) {
+  const TileConfig& wide = kTileTable[narrow + 1];
+  if (wide.tile_m == 8) {
+    const int64_t rows_of_blocks = std::max<int64_t>(tile_rows(problem), 1);
+    const int64_t blocks =
+        ceil_div(problem.rows, rows_of_blocks) * ceil_div(problem.n, wide.columns());
+    return problem.k <= 2048 && blocks >= 2 * sm_count;
+  }
+  return static_cast<int64_t>(problem.k) * problem.n >= int64_t{1} << 26;
 }
 
 }  // namespace
@@ -27,7 +54,8 @@ int tile_for_rows(int64_t rows) {
 TileChoice select_tile(const GemmProblem& problem, int sm_count) {
   const bool routed = problem.moe_block_size > 0;
   TileChoice choice;
-  choice.tile = tile_for_rows(routed ? problem.moe_block_size : problem.rows);
+  choice.tile = narrow_tile(problem);
+  if (has_wide(choice.tile) && prefers_wide(problem, choice.tile, sm_count)) ++choice.tile;
   const TileConfig& tile = kTileTable[choice.tile];
   choice.sub_blocks = routed ? static_cast<int>(ceil_div(problem.moe_block_size, tile.tile_m)) : 1;
   choice.row_blocks = routed ? ceil_div(problem.rows, problem.moe_block_size) * choice.sub_blocks
@@ -38,9 +66,7 @@ TileChoice select_tile(const GemmProblem& problem, int sm_count) {
   // warps of K with half a ring; a part more costs one more round through scratch.
   const int64_t blocks = std::max<int64_t>(choice.row_blocks * choice.n_blocks, 1);
   const int64_t wanted =
-      std::min<int64_t>(static_cast<int64_t>(sm_count) * tile.blocks_per_sm(problem.bits),
-                        kMaxSplitBlocks) /
-      blocks;
+      max_split_blocks(tile, problem.bits, std::min(sm_count, kMaxSmCount)) / blocks;
   const int64_t deepest =
       ceil_div(problem.k, kTile) / (tile.warps_k() * std::max(tile.depth / 2, 1));
   choice.split_k = static_cast<int>(
@@ -62,13 +88,17 @@ int64_t scratch_bytes(const TileChoice& choice) {
 }
 
 int64_t max_scratch_bytes(const GemmProblem& problem) {
-  // Parts never exceed kMaxSplitBlocks, whatever the device; arrivals are at most one a part.
-  const int tile =
-      tile_for_rows(problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows);
-  const int64_t n_blocks = ceil_div(problem.n, kTileTable[tile].columns());
-  if (2 * n_blocks > kMaxSplitBlocks) return 0;
-  return kMaxSplitBlocks * (kTileTable[tile].elements() + 1) * static_cast<int64_t>(sizeof(float)) +
-         256;
+  // Whatever the device, parts are no more than this; arrivals are at most one a part.
+  const int narrow = narrow_tile(problem);
+  int64_t bytes = 0;
+  for (int tile = narrow; tile <= narrow + (has_wide(narrow) ? 1 : 0); ++tile) {
+    const int64_t n_blocks = ceil_div(problem.n, kTileTable[tile].columns());
+    const int64_t parts = max_split_blocks(kTileTable[tile], problem.bits, kMaxSmCount);
+    if (2 * n_blocks > parts) continue;
+    const int64_t words = parts * (kTileTable[tile].elements() + 1);
+    bytes = std::max(bytes, words * static_cast<int64_t>(sizeof(float)) + 256);
+  }
+  return bytes;
 }
 
 }  // namespace jax_marlin
