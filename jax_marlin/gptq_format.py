@@ -112,16 +112,13 @@ def _zero_points(
     if symmetric:
         stored = _unpack_columns(words, spec.bits)[:, : spec.n]
         first = int(stored[0, 0])
-        # v1 stores z - 1 = 7, but published files hold 8 as well; in v2 a stored 7 means 7.
-        accepted = (middle - 1, middle) if checkpoint_format == "gptq" else (middle,)
-        reference = first if first in accepted else accepted[0]
+        reference = first if first in (middle - 1, middle) else middle - 1
         wrong = np.argwhere(stored != reference)
         if wrong.size:
             group, column = (int(i) for i in wrong[0])
             raise ValueError(
                 f"{where}: qzeros stores {int(stored[group, column])} for group {group}, column "
-                f"{column}, expected {' or '.join(map(str, accepted))} everywhere with "
-                f"symmetric=True and {checkpoint_format!r}; pass "
+                f"{column}, expected {middle - 1} or {middle} everywhere with symmetric=True; pass "
                 "symmetric=None to take the zero points as stored"
             )
         return None

@@ -118,7 +118,7 @@ CASES = {
     "qzeros_that_vary_though_symmetric": (
         {"symmetric": True},
         ValueError,
-        "expected 7 or 8 everywhere with symmetric=True and 'gptq'; pass symmetric=None",
+        "expected 7 or 8 everywhere with symmetric=True; pass symmetric=None",
         {"symmetric": False},
     ),
     "qzeros_of_9_though_symmetric": (
