@@ -23,6 +23,7 @@ nb::dict registrations() {
   };
   add("jax_marlin_matmul_v1", jax_marlin_matmul_v1);
   add("jax_marlin_moe_matmul_v1", jax_marlin_moe_matmul_v1);
+  add("jax_marlin_moe_ffn_v1", jax_marlin_moe_ffn_v1);
   add("jax_marlin_moe_align_block_size_v1", jax_marlin_moe_align_block_size_v1);
   return targets;
 }

@@ -49,6 +49,12 @@ class BufferChecks {
     return *this;
   }
 
+  template <class Buffer>
+  BufferChecks& require_scratch(const Buffer& scratch, int64_t bytes) {
+    return require(static_cast<int64_t>(scratch.size_bytes()) >= bytes, "scratch",
+                   "smaller than " + std::to_string(bytes) + " bytes");
+  }
+
   bool ok() const { return message_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(message_); }
 

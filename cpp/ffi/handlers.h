@@ -6,3 +6,4 @@
 extern "C" XLA_FFI_Error* jax_marlin_matmul_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_marlin_moe_matmul_v1(XLA_FFI_CallFrame* call_frame);
 extern "C" XLA_FFI_Error* jax_marlin_moe_align_block_size_v1(XLA_FFI_CallFrame* call_frame);
+extern "C" XLA_FFI_Error* jax_marlin_moe_ffn_v1(XLA_FFI_CallFrame* call_frame);

@@ -42,13 +42,15 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   int sm_count = 0;
   const cudaError_t counted = current_sm_count(&sm_count);
   if (counted != cudaSuccess) return cuda_status(kOp, counted);
-  const TileChoice choice =
-      select_tile({params.out_rows, 0, params.k, params.n, static_cast<int>(bits)}, sm_count);
-  checks.require(static_cast<int64_t>(scratch->size_bytes()) >= scratch_bytes(choice), "scratch",
-                 "smaller than " + std::to_string(scratch_bytes(choice)) + " bytes");
+  const GemmLaunch gemm = {
+      params,
+      select_tile({params.out_rows, 0, params.k, params.n, static_cast<int>(bits)}, sm_count),
+      stack.element(), static_cast<int>(bits), scratch->untyped_data()};
+  checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
-  return cuda_status(kOp, launch_gemm(params, choice, stack.element(), static_cast<int>(bits),
-                                      scratch->untyped_data(), stream));
+  cudaError_t status = clear_arrivals(gemm, stream);
+  if (status == cudaSuccess) status = launch_gemm(gemm, Order::kAfter, stream);
+  return cuda_status(kOp, status);
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ cudaError_t gather(GemmParams& p, const ffi::AnyBuffer& perm, ffi::AnyBuffer& ga
   g.row_divisor = p.row_divisor;
   p.x = g.gathered;
   p.row_divisor = 1;
-  return launch_gather(g, stream);
+  return launch_gather(g, Order::kAfter, stream);
 }
 
 ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
@@ -93,21 +93,22 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   int sm_count = 0;
   cudaError_t status = current_sm_count(&sm_count);
   if (status != cudaSuccess) return cuda_status(kOp, status);
-  const TileChoice choice = select_tile(
-      {params.slots, params.moe_block_size, params.k, params.n, static_cast<int>(bits)}, sm_count);
-  checks.require(static_cast<int64_t>(scratch->size_bytes()) >= scratch_bytes(choice), "scratch",
-                 "smaller than " + std::to_string(scratch_bytes(choice)) + " bytes");
+  const int weight_bits = static_cast<int>(bits);
+  GemmLaunch gemm = {params,
+                     select_tile({params.slots, params.moe_block_size, params.k, params.n,
+                                  weight_bits, false, params.out_rows, params.num_experts},
+                                 sm_count),
+                     stack.element(), weight_bits, scratch->untyped_data()};
+  checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
 
   // Rows that no used slot names are zero by contract, and results hold arbitrary bytes.
   if (zero_output != 0) status = cudaMemsetAsync(params.out, 0, out->size_bytes(), stream);
   if (status == cudaSuccess && perm.element_count() != 0) {
-    status = gather(params, perm, *gathered, stream);
+    status = gather(gemm.params, perm, *gathered, stream);
   }
-  if (status == cudaSuccess) {
-    status = launch_gemm(params, choice, stack.element(), static_cast<int>(bits),
-                         scratch->untyped_data(), stream);
-  }
+  if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
+  if (status == cudaSuccess) status = launch_gemm(gemm, Order::kAfter, stream);
   return cuda_status(kOp, status);
 }
 

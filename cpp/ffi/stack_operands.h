@@ -61,6 +61,7 @@ struct StackOperands {
     p.k_tiles = static_cast<int>(k_tiles());
     p.num_groups = static_cast<int>(num_groups());
     p.group_size = static_cast<int>(group_size);
+    p.groups_per_half = static_cast<float>(kHalf) / static_cast<float>(group_size);
     p.row_divisor = 1;
     return p;
   }

@@ -2,6 +2,7 @@
 //
 // A stage holds, for each warp of K, `kChunk` packed K tiles. Everything is requested with cp.async
 // before the first weight, because a request issued after megabytes of weights waits behind them.
+// Where the stages hold all of K they are filled once: warps then meet at one barrier and no more.
 #pragma once
 
 #include "dequant.cuh"
@@ -15,23 +16,42 @@ class ActivationRing {
   using Element = typename Config::Element;
   using Pair = typename Config::Pair;
   static constexpr int kVector = 8;  // 16-bit elements of one 16-byte copy
+  static constexpr int kHalves = 2 * Config::kChunk;
+  // Copies of a stage: of x, thread by thread along a row; of scales, at most one a thread.
+  static constexpr int kRowVectors = Config::kChunk * kTile / kVector;
+  static constexpr int kRowsAtOnce = Config::kThreads / kRowVectors;
+  static constexpr int kScaleVectors = Config::kColumns / kVector;
+  static constexpr int kScaleCopies = Config::kWarpsK * kHalves * kScaleVectors;
+  static_assert(kScaleCopies <= Config::kThreads, "a thread copies one vector of scales a stage");
 
  public:
   __device__ __forceinline__ ActivationRing(const GemmParams& p, const WorkTile& tile,
                                             int tiles_per_warp, SharedStorage<Config>& storage)
-      : p_(p), tile_(tile), tiles_per_warp_(tiles_per_warp), storage_(storage) {}
+      : p_(p), tile_(tile), tiles_per_warp_(tiles_per_warp), storage_(storage) {
+    const int vector = threadIdx.x % kScaleVectors;
+    const int fragment = stack_fragment<Config>(p, tile, vector / 2);
+    const int64_t column_tile = static_cast<int64_t>(tile.expert) * p.stack_n_tiles + fragment / 4;
+    scale_offset_ =
+        column_tile * p.num_groups * kTile + fragment % 4 * kFragment + vector % 2 * kVector;
+  }
 
-  // Fills the ring but for the stage that `advance` requests first.
+  // Fills the ring; but for the stage that `advance` requests first, where the ring turns.
   __device__ __forceinline__ void start() {
-#pragma unroll
-    for (int stage = 0; stage < Config::kStages - 1; ++stage) request();
+    const int stages = is_whole() ? Config::kStages : Config::kStages - 1;
+#pragma unroll 1  // code that runs once is fetched once
+    for (int stage = 0; stage < stages; ++stage) request();
   }
 
   // The next stage becomes readable; the stage read before it is refilled.
   __device__ __forceinline__ void advance() {
-    ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();
-    request();
+    if (!is_whole()) {
+      ptx::cp_async_wait<Config::kStages - 2>();
+      __syncthreads();
+      request();
+    } else if (read_stage_ == Config::kStages - 1) {  // the first time
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
     read_stage_ = read_stage_ + 1 == Config::kStages ? 0 : read_stage_ + 1;
   }
 
@@ -60,14 +80,15 @@ class ActivationRing {
   }
 
  private:
+  __device__ __forceinline__ bool is_whole() const {
+    return tiles_per_warp_ <= Config::kStages * Config::kChunk;
+  }
+
   // One commit group a call, also when nothing is left, so that waits count stages.
   __device__ __forceinline__ void request() {
     if (request_chunk_ * Config::kChunk < tiles_per_warp_) {
       request_x();
-      request_columns(storage_.stages.scales[request_stage_], p_.scales);
-      if constexpr (Config::kStoredZeroPoints) {
-        request_columns(storage_.stages.zero_points[request_stage_], p_.zero_points);
-      }
+      if (kScaleCopies == Config::kThreads || threadIdx.x < kScaleCopies) request_scales();
     }
     ptx::cp_async_commit();
     ++request_chunk_;
@@ -85,43 +106,40 @@ class ActivationRing {
   }
 
   __device__ __forceinline__ void request_x() {
-    constexpr int kRowVectors = Config::kChunk * kTile / kVector;
-    constexpr int kCopies = Config::kWarpsK * Config::kTileM * kRowVectors;
+    const int vector = threadIdx.x % kRowVectors, first_row = threadIdx.x / kRowVectors;
     // NOTE: unrolled, the addresses of all copies stay live through the main loop and spill.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kCopies; i += kThreads) {
-      const int vector = i % kRowVectors, row = i / kRowVectors % Config::kTileM;
-      const int warp_k = i / (kRowVectors * Config::kTileM);
-      const int k = first_k_tile(warp_k) * kTile + vector * kVector;
-      const int k_end = min(k_tile_end(warp_k) * kTile, p_.k);
+    for (int row = first_row; row < Config::kTileM; row += kRowsAtOnce) {
       const int source = storage_.source_row[row];
-      const int valid = source < 0 ? 0 : min(max(k_end - k, 0), kVector);
-      const Element* x = static_cast<const Element*>(p_.x);
-      // A copy of 0 bytes writes zeros but still wants an address inside the array.
-      const Element* from = valid == 0 ? x : x + source * p_.x_stride + k;
-      ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector], from,
-                    valid * static_cast<int>(sizeof(Element)));
+      const Element* x = static_cast<const Element*>(p_.x) + max(source, 0) * p_.x_stride;
+#pragma unroll 4
+      for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
+        const int k = first_k_tile(warp_k) * kTile + vector * kVector;
+        const int k_end = source < 0 ? 0 : min(k_tile_end(warp_k) * kTile, p_.k);
+        // A copy of 0 bytes writes zeros but still wants an address inside the array.
+        const int valid = min(max(k_end - k, 0), kVector);
+        ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
+                      x + (valid == 0 ? 0 : k), valid * static_cast<int>(sizeof(Element)));
+      }
     }
   }
 
-  // to: [kWarpsK, 2 * kChunk, kColumns]; from: [num_experts, stack_n_tiles, num_groups, 64]
-  __device__ __forceinline__ void request_columns(
-      Element (&to)[Config::kWarpsK][2 * Config::kChunk][Config::kColumns], const void* from) {
-    constexpr int kRowVectors = Config::kColumns / kVector, kHalves = 2 * Config::kChunk;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < Config::kWarpsK * kHalves * kRowVectors; i += kThreads) {
-      const int vector = i % kRowVectors, half = i / kRowVectors % kHalves;
-      const int warp_k = i / (kRowVectors * kHalves);
-      const int k_tile = first_k_tile(warp_k) + half / 2;
-      const int group = (k_tile * kTile + half % 2 * kHalf) / p_.group_size;
-      const int n_tile =
-          min(tile_.column_block * Config::kNTiles + vector / 8, (p_.n + kTile - 1) / kTile - 1);
-      const int64_t column_tile =
-          static_cast<int64_t>(tile_.expert) * p_.stack_n_tiles + p_.first_tile + n_tile;
-      const bool valid = k_tile < k_tile_end(warp_k) && group < p_.num_groups;
-      const Element* source = static_cast<const Element*>(from);
-      if (valid) source += (column_tile * p_.num_groups + group) * kTile + vector % 8 * kVector;
-      ptx::cp_async(&to[warp_k][half][vector * kVector], source, valid ? 16 : 0);
+  // One vector, 8 columns, of the scales (and zero points) of one half tile.
+  __device__ __forceinline__ void request_scales() {
+    const int vector = threadIdx.x % kScaleVectors, half = threadIdx.x / kScaleVectors % kHalves;
+    const int warp_k = threadIdx.x / (kScaleVectors * kHalves);
+    const int k_tile = first_k_tile(warp_k) + half / 2;
+    // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
+    // further from an integer than float32 rounds.
+    const int group = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
+    const bool valid = k_tile < k_tile_end(warp_k) && group < p_.num_groups;
+    const int64_t at = valid ? scale_offset_ + group * kTile : 0;
+    auto& stages = storage_.stages;
+    ptx::cp_async(&stages.scales[request_stage_][warp_k][half][vector * kVector],
+                  static_cast<const Element*>(p_.scales) + at, valid ? 16 : 0);
+    if constexpr (Config::kStoredZeroPoints) {
+      ptx::cp_async(&stages.zero_points[request_stage_][warp_k][half][vector * kVector],
+                    static_cast<const Element*>(p_.zero_points) + at, valid ? 16 : 0);
     }
   }
 
@@ -129,6 +147,7 @@ class ActivationRing {
   const WorkTile& tile_;
   const int tiles_per_warp_;
   SharedStorage<Config>& storage_;
+  int64_t scale_offset_;  // in scales, of this thread's vector in the expert's first group
   int request_chunk_ = 0, request_stage_ = 0;
   int read_stage_ = Config::kStages - 1;
 };

@@ -1,4 +1,4 @@
-// Packed codes to 16-bit A fragments of m16n8k16: w = (q - z) * s, exact up to the last product.
+// Packed codes to 16-bit A fragments of m16n8k16: q - z, exactly, or (q - z) * s, rounded once.
 //
 // A word of the packed layout holds one k16 step of one thread: rows n = g + 8b, columns
 // k = 2c + l + 8h at position p = (b + 2h) + 4l (layout.py). Register r = b + 2h of the fragment
@@ -11,7 +11,10 @@
 //   8 bit: word 2j + l holds byte p & 3 = r, so one byte permute takes one byte of each word.
 //     fp16  as above: 1024 + q with q < 256 stays below 2048, where ulp is 1
 //     bf16  has 7 mantissa bits, too few for 128 + q: go through float32, where
-//           0x4B000000 | q = 2^23 + q, and round (q - z) * s once to bf16
+//           0x4B000000 | q = 2^23 + q
+//
+// With few tokens the kernel multiplies q - z and scales the float32 sum of 32 of K: fewer
+// instructions, since a sum has 4 values a fragment and its weights 8 pairs, and no rounding.
 #pragma once
 
 #include "kernel_config.cuh"
@@ -35,8 +38,8 @@ struct GroupScale {
     const Element z[2] = {Config::low(zero_points), Config::high(zero_points)};
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
+      scale32[b] = Config::to_float(s[b]);
       if constexpr (kThroughFloat) {
-        scale32[b] = Config::to_float(s[b]);
         base32[b] = 8388608.f + Config::to_float(z[b]);
       } else {
         scale[b] = Config::twice(s[b]);
@@ -47,11 +50,11 @@ struct GroupScale {
 };
 
 template <class Config>
-__device__ __forceinline__ uint32_t scale_pair(uint32_t biased, const GroupScale<Config>& group,
-                                               int b) {
+__device__ __forceinline__ uint32_t weight_pair(uint32_t biased, const GroupScale<Config>& group,
+                                                int b) {
   using Pair = typename Config::Pair;
-  const Pair code = __hsub2(reinterpret_cast<const Pair&>(biased), group.base[b]);
-  const Pair weight = __hmul2(code, group.scale[b]);
+  Pair weight = __hsub2(reinterpret_cast<const Pair&>(biased), group.base[b]);
+  if constexpr (!Config::kScaleSums) weight = __hmul2(weight, group.scale[b]);
   return reinterpret_cast<const uint32_t&>(weight);
 }
 
@@ -64,18 +67,20 @@ __device__ __forceinline__ void dequantize(const uint32_t* words, const GroupSca
   for (int r = 0; r < 4; ++r) {
     const int b = r & 1;
     if constexpr (Config::kBits == 4) {
-      a[r] = scale_pair<Config>(ptx::and_or(words[0] >> (4 * r), 0x000f000fu, kBiasBits), group, b);
+      const uint32_t biased = ptx::and_or(words[0] >> (4 * r), 0x000f000fu, kBiasBits);
+      a[r] = weight_pair<Config>(biased, group, b);
     } else if constexpr (!GroupScale<Config>::kThroughFloat) {
       // Bytes [lo.r, _, hi.r, _]; the mask clears the two that do not matter.
       const uint32_t codes = __byte_perm(words[0], words[1], r | (4 + r) << 8);
-      a[r] = scale_pair<Config>(ptx::and_or(codes, 0x00ff00ffu, kBiasBits), group, b);
+      a[r] = weight_pair<Config>(ptx::and_or(codes, 0x00ff00ffu, kBiasBits), group, b);
     } else {
       float w[2];
 #pragma unroll
       for (int l = 0; l < 2; ++l) {
         // Bytes [q, 0, 0, 0x4B]: the float 2^23 + q.
         const float biased = __uint_as_float(__byte_perm(words[l], 0x4B000000u, 0x7540 | r));
-        w[l] = (biased - group.base32[b]) * group.scale32[b];
+        w[l] = biased - group.base32[b];
+        if constexpr (!Config::kScaleSums) w[l] *= group.scale32[b];
       }
       const __nv_bfloat162 pair = __floats2bfloat162_rn(w[0], w[1]);
       a[r] = reinterpret_cast<const uint32_t&>(pair);

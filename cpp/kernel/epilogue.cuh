@@ -2,6 +2,8 @@
 // Every sum runs in a fixed order, so the same inputs give the same bits.
 #pragma once
 
+#include "activation.cuh"
+#include "ptx.cuh"
 #include "scheduler.cuh"
 
 namespace jax_marlin {
@@ -9,12 +11,11 @@ namespace jax_marlin {
 template <class Config>
 using Accumulator = float[Config::kFragsN][Config::kFragsM][4];
 
-// Accumulators into storage.partial [warp_k, token, column]; readable by the block on return.
+// Accumulators into sums.of[warp_k, token, column].
 template <class Config>
-__device__ __forceinline__ void share_partials(const Accumulator<Config>& acc, int warp_n,
-                                               int warp_k, SharedStorage<Config>& storage) {
+__device__ __forceinline__ void share_sums(const Accumulator<Config>& acc, int warp_n, int warp_k,
+                                           TileSums<Config>& sums) {
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  __syncthreads();  // the stages are still being read
 #pragma unroll
   for (int f = 0; f < Config::kFragsN; ++f) {
     const int column = 16 * (warp_n * Config::kFragsN + f) + g;
@@ -23,11 +24,10 @@ __device__ __forceinline__ void share_partials(const Accumulator<Config>& acc, i
       // c[16x8]: rows g, g + 8 are columns of out, columns 2c, 2c + 1 are tokens.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        storage.partial[warp_k][8 * m + 2 * c + i % 2][column + 8 * (i / 2)] = acc[f][m][i];
+        sums.of[warp_k][8 * m + 2 * c + i % 2][column + 8 * (i / 2)] = acc[f][m][i];
       }
     }
   }
-  __syncthreads();
 }
 
 __device__ __forceinline__ void add(float4& sum, const float4& part) {
@@ -39,12 +39,12 @@ __device__ __forceinline__ void add(float4& sum, const float4& part) {
 
 // The i-th four columns of the output tile, counted along columns.
 template <class Config>
-__device__ __forceinline__ float4 sum_warps(const SharedStorage<Config>& storage, int i) {
+__device__ __forceinline__ float4 sum_warps(const TileSums<Config>& sums, int i) {
   const int m = i / (Config::kColumns / 4), n = i % (Config::kColumns / 4) * 4;
   float4 sum = {};
 #pragma unroll
   for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
-    add(sum, *reinterpret_cast<const float4*>(&storage.partial[warp_k][m][n]));
+    add(sum, *reinterpret_cast<const float4*>(&sums.of[warp_k][m][n]));
   }
   return sum;
 }
@@ -56,8 +56,9 @@ __device__ __forceinline__ bool publish_part(const GemmParams& p, const WorkTile
   constexpr int kVectors = Config::kTileM * Config::kColumns / 4;
   float4* part =
       reinterpret_cast<float4*>(p.partials) + (tile.index * p.split_k + tile.split) * kVectors;
-  for (int i = threadIdx.x; i < kVectors; i += kThreads)
-    __stcg(part + i, sum_warps<Config>(storage, i));
+  for (int i = threadIdx.x; i < kVectors; i += Config::kThreads) {
+    __stcg(part + i, sum_warps<Config>(storage.sums, i));
+  }
   __threadfence();  // the part is visible before the arrival that announces it
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -80,41 +81,83 @@ __device__ __forceinline__ float4 sum_parts(const GemmParams& p, const WorkTile&
 }
 
 template <class Config>
-__device__ __forceinline__ float apply(const GemmParams& p, const WorkTile& tile, float weight,
-                                       int n, float value) {
+__device__ __forceinline__ float weigh(const GemmParams& p, int expert, float weight,
+                                       int stack_column, float value) {
   if (p.weights_before_bias) value *= weight;
   if (p.bias != nullptr) {
-    const int64_t stack_column = p.bias_stride == 0 ? n : p.first_tile * kTile + n;
     const auto* bias = static_cast<const typename Config::Element*>(p.bias);
-    value += Config::to_float(bias[tile.expert * p.bias_stride + stack_column]);
+    value += Config::to_float(bias[expert * p.bias_stride + stack_column]);
   }
   return p.weights_before_bias ? value : value * weight;
 }
 
 // Columns n .. n + 3 of a row; those past p.n are dropped.
 template <class Config>
-__device__ __forceinline__ void store(const GemmParams& p, const WorkTile& tile, int64_t row, int n,
+__device__ __forceinline__ void store(const GemmParams& p, int expert, int64_t row, int n,
                                       const float4& sum) {
   using Element = typename Config::Element;
   const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[row];
-  const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+  const int bias_column = n + (p.bias_stride == 0 ? 0 : p.first_tile * kTile);
   const int64_t at = row * p.n + n;
-  union {
-    Element narrow[4];
-    uint2 bits;
-  } values;
+  float values[4] = {sum.x, sum.y, sum.z, sum.w};
+  alignas(8) Element narrow[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i < p.n) values[i] = weigh<Config>(p, expert, weight, bias_column + i, values[i]);
+    narrow[i] = Config::from_float(values[i]);
+  }
+  float* wide_out = static_cast<float*>(p.out) + at;
+  Element* out = static_cast<Element*>(p.out) + at;
+  if (p.n % 4 == 0) {  // then so is at: one vector
+    if (p.out_is_float32)
+      *reinterpret_cast<float4*>(wide_out) = {values[0], values[1], values[2], values[3]};
+    else
+      *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(narrow);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (n + i >= p.n) return;
-    const float value = apply<Config>(p, tile, weight, n + i, sums[i]);
-    values.narrow[i] = Config::from_float(value);
     if (p.out_is_float32)
-      static_cast<float*>(p.out)[at + i] = value;
-    else if (p.n % 4 != 0)
-      static_cast<Element*>(p.out)[at + i] = values.narrow[i];
+      wide_out[i] = values[i];
+    else
+      out[i] = narrow[i];
   }
-  if (!p.out_is_float32 && p.n % 4 == 0) {
-    *reinterpret_cast<uint2*>(static_cast<Element*>(p.out) + at) = values.bits;
+}
+
+// Rows of a tile from `sum_of(i)`, its i-th four columns.
+template <class Config, class SumOf>
+__device__ __forceinline__ void store_tile(const GemmParams& p, int expert, int column_block,
+                                           const int* out_row, SumOf sum_of) {
+  constexpr int kRowVectors = Config::kColumns / 4;
+  for (int i = threadIdx.x; i < Config::kTileM * kRowVectors; i += Config::kThreads) {
+    const int n = column_block * Config::kColumns + i % kRowVectors * 4;
+    const int row = out_row[i / kRowVectors];
+    if (row >= 0 && n < p.n) store<Config>(p, expert, row, n, sum_of(i));
+  }
+}
+
+// activation(gate, up) of a gated tile, which holds columns of gate, then the same columns of up.
+template <class Config>
+__device__ __forceinline__ void store_gated(const GemmParams& p, int expert, int column_block,
+                                            const int* out_row, const TileSums<Config>& sums) {
+  constexpr int kPairs = Config::kColumns / 2;
+  for (int i = threadIdx.x; i < Config::kTileM * kPairs; i += Config::kThreads) {
+    const int m = i / kPairs, column = i % kPairs;
+    const int n = column_block * kPairs + column;
+    const int64_t row = out_row[m];
+    if (row < 0 || n >= p.n) continue;
+    const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[row];
+    float gate = 0.f, up = 0.f;
+#pragma unroll
+    for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
+      gate += sums.of[warp_k][m][column];
+      up += sums.of[warp_k][m][column + kPairs];
+    }
+    gate = weigh<Config>(p, expert, weight, n, gate);
+    up = weigh<Config>(p, expert, weight, p.n + n, up);
+    static_cast<typename Config::Element*>(p.out)[row * p.n + n] =
+        Config::from_float(activate(p.activation, gate, up));
   }
 }
 
@@ -122,16 +165,16 @@ template <class Config>
 __device__ __forceinline__ void finish(const GemmParams& p, const WorkTile& tile,
                                        const Accumulator<Config>& acc, int warp_n, int warp_k,
                                        SharedStorage<Config>& storage) {
-  share_partials<Config>(acc, warp_n, warp_k, storage);
-  if (p.split_k > 1 && !publish_part<Config>(p, tile, storage)) return;
-  constexpr int kRowVectors = Config::kColumns / 4;
-  for (int i = threadIdx.x; i < Config::kTileM * kRowVectors; i += kThreads) {
-    const int n = tile.column_block * Config::kColumns + i % kRowVectors * 4;
-    const int row = storage.out_row[i / kRowVectors];
-    if (row < 0 || n >= p.n) continue;
-    store<Config>(p, tile, row, n,
-                  p.split_k > 1 ? sum_parts<Config>(p, tile, i) : sum_warps<Config>(storage, i));
+  __syncthreads();  // the stages, whose place the sums take, are still being read
+  share_sums<Config>(acc, warp_n, warp_k, storage.sums);
+  __syncthreads();
+  if (p.activation != Activation::kNone) {
+    return store_gated<Config>(p, tile.expert, tile.column_block, storage.out_row, storage.sums);
   }
+  if (p.split_k > 1 && !publish_part<Config>(p, tile, storage)) return;
+  store_tile<Config>(p, tile.expert, tile.column_block, storage.out_row, [&](int i) {
+    return p.split_k > 1 ? sum_parts<Config>(p, tile, i) : sum_warps<Config>(storage.sums, i);
+  });
 }
 
 }  // namespace jax_marlin

@@ -28,14 +28,18 @@ struct KernelConfig {
   static constexpr int kTileM = tile.tile_m;
   static constexpr int kFragsM = tile.tile_m / 8;  // n8 fragments of tokens
   static constexpr int kFragsN = tile.frags_n;
-  static constexpr int kNTiles = tile.n_tiles;
+  static constexpr int kFragments = tile.fragments;
   static constexpr int kColumns = tile.columns();
+  static constexpr int kThreads = 32 * tile.warps;
   static constexpr int kWarpsN = tile.warps_n();
   static constexpr int kWarpsK = tile.warps_k();
   static constexpr int kDepth = tile.depth;
   static constexpr int kChunk = tile.chunk;
   static constexpr int kStages = tile.stages;
   static constexpr int kMinBlocks = tile.blocks_per_sm(bits);
+  // Few tokens: the sum over a packed tile is scaled (4 products for 8 tokens), many: its weights
+  // (16 products of two).
+  static constexpr bool kScaleSums = tile.tile_m <= 16;
 
   static constexpr int kStepWords = bits / 4;  // a thread's words of a k16 step
   static constexpr int kVectors = bits / 4;  // 16-byte loads of a K tile
@@ -49,8 +53,8 @@ struct KernelConfig {
   static_assert(bits == 4 || bits == 8, "packed codes have 4 or 8 bits");
   static_assert(tile.tile_m % 8 == 0, "tokens are the 8-wide side of m16n8k16");
   static_assert(tile.depth % tile.chunk == 0, "the weight ring turns in whole x stages");
-  static_assert(4 * tile.n_tiles % tile.frags_n == 0, "warps must tile the block's columns");
-  static_assert(kWarps % tile.warps_n() == 0 && tile.warps_k() >= 1, "8 warps over N and K");
+  static_assert(tile.fragments % tile.frags_n == 0, "warps must tile the block's columns");
+  static_assert(tile.warps % tile.warps_n() == 0, "what warps N leaves split K");
 
   static __device__ __forceinline__ Element low(Pair p) {
     if constexpr (kBf16)

@@ -4,68 +4,37 @@
 #pragma once
 
 #include "activation_ring.cuh"
-#include "epilogue.cuh"
+#include "multiply.cuh"
 #include "weight_ring.cuh"
 
 namespace jax_marlin {
 
-// One packed K tile of one warp: 4 k16 steps by kFragsN by kFragsM tensor-core products.
-// slot: where the weight ring holds it; j: where the x stage does.
+// Operands of one warp; `slot` is where the weight ring holds a tile.
 template <class Config>
-__device__ __forceinline__ void multiply_tile(const ActivationRing<Config>& x,
-                                              const WeightRing<Config>& weights, int slot, int j,
-                                              int warp_n, int warp_k, Accumulator<Config>& acc) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t a[Config::kFragsN][2][4];  // [fragment, k16 step, register]
-#pragma unroll
-    for (int f = 0; f < Config::kFragsN; ++f) {
-      const auto scale = x.load_scale(warp_k, 16 * (warp_n * Config::kFragsN + f), j, half);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        uint32_t words[Config::kStepWords];
-        weights.words(slot, f, 2 * half + step, words);
-        dequantize<Config>(words, scale, a[f][step]);
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < Config::kFragsM; ++m) {
-      uint32_t b[4];
-      x.load_fragment(b, warp_k, m, j, half);
-#pragma unroll
-      for (int f = 0; f < Config::kFragsN; ++f) {
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          ptx::mma_m16n8k16(acc[f][m], a[f][step], b[2 * step], b[2 * step + 1],
-                            typename Config::Element{});
-        }
-      }
-    }
+struct RingOperands {
+  const ActivationRing<Config>& x;
+  const WeightRing<Config>& weights;
+  int warp_n, warp_k;
+
+  __device__ __forceinline__ void load_words(int f, int slot,
+                                             uint4 (&words)[Config::kVectors]) const {
+    weights.load(f, slot, words);
   }
-}
+  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int m, int slot, int half) const {
+    x.load_fragment(b, warp_k, m, slot % Config::kChunk, half);
+  }
+  __device__ __forceinline__ GroupScale<Config> load_scale(int f, int slot, int half) const {
+    const int first = 16 * (warp_n * Config::kFragsN + f);
+    return x.load_scale(warp_k, first, slot % Config::kChunk, half);
+  }
+};
 
-template <class Config>
-__global__ void __launch_bounds__(kThreads, Config::kMinBlocks)
-    marlin_gemm(const __grid_constant__ GemmParams p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
-  WorkTile tile;
-  if (!seek<Config>(p, storage, tile)) return;
-
-  const int warp = threadIdx.x / 32;
-  const int warp_n = warp % Config::kWarpsN, warp_k = warp / Config::kWarpsN;
-  const int part = tile.k_tile_end - tile.k_tile_begin;
-  const int tiles_per_warp = (part + Config::kWarpsK - 1) / Config::kWarpsK;
-
-  // NOTE: x before the weights: requested after them it waits behind megabytes.
-  ActivationRing<Config> x(p, tile, tiles_per_warp, storage);
-  x.start();
-  WeightRing<Config> weights(p, tile, tiles_per_warp, warp_n, warp_k);
-#pragma unroll
-  for (int slot = 0; slot < Config::kDepth; ++slot) weights.request(slot);
-  weights.advance();
-
-  Accumulator<Config> acc = {};
+// All K tiles of one warp. by_tile: both halves of a tile have the same scale.
+template <class Config, bool by_tile>
+__device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
+                                               WeightRing<Config>& weights, int tiles_per_warp,
+                                               int warp_n, int warp_k, Accumulator<Config>& acc) {
+  const RingOperands<Config> operands = {x, weights, warp_n, warp_k};
   for (int k_tile = 0; k_tile < tiles_per_warp; k_tile += Config::kDepth) {
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) {
@@ -73,10 +42,47 @@ __global__ void __launch_bounds__(kThreads, Config::kMinBlocks)
         if (k_tile + slot >= tiles_per_warp) break;
         x.advance();
       }
-      multiply_tile<Config>(x, weights, slot, slot % Config::kChunk, warp_n, warp_k, acc);
+      multiply_tile<Config, by_tile>(operands, slot, acc);
       weights.request(slot);
     }
     weights.advance();
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    marlin_gemm(const __grid_constant__ GemmParams p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
+  // What the kernel before this one writes is routing tables, awaited here, or x, awaited below.
+  // The next kernel may start early only when these tables, which it reads too, are complete.
+  if (!p.x_is_pending) ptx::wait_dependencies();
+  ptx::launch_dependents();
+  WorkTile tile;
+  if (!seek<Config>(p, storage, tile)) {
+    if (p.x_is_pending) ptx::wait_dependencies();  // or the next kernel would not wait for x's
+    return;
+  }
+
+  const int warp = threadIdx.x / 32;
+  const int warp_n = warp % Config::kWarpsN, warp_k = warp / Config::kWarpsN;
+  const int part = tile.k_tile_end - tile.k_tile_begin;
+  const int tiles_per_warp = (part + Config::kWarpsK - 1) / Config::kWarpsK;
+
+  WeightRing<Config> weights(p, tile, tiles_per_warp, warp_n, warp_k);
+  if (p.x_is_pending) ptx::wait_dependencies();
+  // NOTE: x before the weights: requested after them it waits behind megabytes.
+  ActivationRing<Config> x(p, tile, tiles_per_warp, storage);
+  x.start();
+#pragma unroll
+  for (int slot = 0; slot < Config::kDepth; ++slot) weights.request(slot);
+  weights.advance();
+
+  Accumulator<Config> acc = {};
+  if (Config::kScaleSums && p.group_size % kTile == 0) {
+    multiply_tiles<Config, true>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
+  } else {
+    multiply_tiles<Config, false>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
   }
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "params.h"
+#include "ptx.cuh"
 
 namespace jax_marlin {
 
@@ -35,6 +36,7 @@ static __global__ void __launch_bounds__(kAlignThreads)
   extern __shared__ int counts[];  // [num_experts]
   __shared__ int sum;
   __shared__ int warp_counts[kAlignThreads / 32];
+  ptx::launch_dependents();
   const int expert = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 

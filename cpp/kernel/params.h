@@ -5,6 +5,9 @@
 
 namespace jax_marlin {
 
+// What an epilogue makes of the gate and up halves of one row (activation.cuh).
+enum class Activation { kNone, kSilu, kGelu, kGeluTanh, kSwigluClamped };
+
 // Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes.
 struct GemmParams {
   // Operands. Pointers that a problem does not have are null.
@@ -14,9 +17,10 @@ struct GemmParams {
   const void* zero_points;     // same shape as scales; null when symmetric
   const void* bias;            // [n] of this call, or [num_experts, bias_stride]
   const int* expert;           // dense: which expert, clamped to the stack
-  const int* sorted_token_ids; // routed: [slots]; null when dense
+  const int* sorted_token_ids; // routed by tables: [slots]; null otherwise
   const int* expert_ids;       // routed: one a routing block
   const int* num_tokens_past_padded;
+  const int* topk_ids;         // routed without tables: [out_rows], a row block for each
   const float* topk_weights;   // [out_rows]; null when rows are not weighted
   void* out;                   // [out_rows, n]
   float* partials;             // [work tiles, split_k, tile_m, tile columns], when split_k > 1
@@ -26,28 +30,40 @@ struct GemmParams {
   int64_t out_rows;            // dense: M; routed: tokens * top_k
   int64_t bias_stride;         // 0 when bias is this call's own vector
   int slots;                   // routed: length of sorted_token_ids
-  int k, n;                    // reduction; columns of this call
+  int k, n;                    // reduction; columns of out, half of the stack's when gated
   int num_experts;
   int stack_n_tiles;           // column tiles of the whole stack
   int first_tile;              // column tile where this call starts
   int k_tiles;
   int num_groups, group_size;
+  float groups_per_half;       // kHalf / group_size
   int moe_block_size;          // slots of one routing block
   int row_divisor;             // routed: slot id s reads x[s / row_divisor]
   int sub_blocks;              // row blocks of one routing block
-  int n_blocks;                // blocks along the columns
   int split_k;                 // blocks that share one output tile
+  Activation activation;       // of columns j (gate) and n + j (up), rows weighted before it
   bool out_is_float32;
+  bool x_is_pending;           // the kernel before this one, still running, writes x
   bool weights_before_bias;    // acc * weight + bias, instead of (acc + bias) * weight
+};
+
+// Sum of each token's routed rows (combine_topk.cuh).
+struct CombineParams {
+  const float* rows;     // [tokens * top_k, row_stride]
+  const int* topk_ids;   // [tokens, top_k]; rows of ids outside the stack count as zero
+  void* out;             // [tokens, columns]
+  int64_t tokens, row_stride;
+  int columns, top_k, num_experts;
 };
 
 // Act-order of routed rows (gather_rows.cuh).
 struct GatherParams {
   const uint16_t* x;         // [x_rows, x_stride]: 16-bit elements are moved, not read
   const int* perm;           // [num_experts, k]
-  const int* sorted_token_ids;
+  const int* sorted_token_ids;  // null when topk_ids is given
   const int* expert_ids;
   const int* num_tokens_past_padded;
+  const int* topk_ids;       // [out_rows], in place of tables
   uint16_t* gathered;        // [out_rows, x_stride]
   int64_t x_stride, out_rows;
   int slots, k, num_experts, moe_block_size, row_divisor;

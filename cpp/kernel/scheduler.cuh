@@ -7,7 +7,7 @@
 namespace jax_marlin {
 
 struct WorkTile {
-  int64_t index;      // of the output tile: row block * n_blocks + column block
+  int64_t index;      // of the output tile
   int expert;
   int column_block;
   int split;          // which part of K
@@ -15,21 +15,44 @@ struct WorkTile {
   int k_tile_end;
 };
 
+// The stack's column fragment that a block's fragment f is. A gated block takes as many of gate as
+// of up, in pairs of the same columns. Past the end the last one is repeated, and never stored.
+template <class Config>
+__device__ __forceinline__ int stack_fragment(const GemmParams& p, const WorkTile& tile, int f) {
+  if (p.activation == Activation::kNone) {
+    const int last = (p.n + kFragment - 1) / kFragment - 1;
+    return p.first_tile * (kTile / kFragment) +
+           min(tile.column_block * Config::kFragments + f, last);
+  }
+  constexpr int kPairs = Config::kFragments / 2;
+  const int of_half = p.n / kFragment;
+  const int pair = tile.column_block * kPairs + (f < kPairs ? f : f - kPairs);
+  return min(pair, of_half - 1) + (f < kPairs ? 0 : of_half);
+}
+
 // Rows of this block into storage.source_row and storage.out_row; the expert, or -1 for no work.
 template <class Config>
-__device__ __forceinline__ int seek_rows(const GemmParams& p, int64_t row_block,
+__device__ __forceinline__ int seek_rows(const GemmParams& p, int row_block,
                                          SharedStorage<Config>& storage) {
   const int i = threadIdx.x;
+  if (p.topk_ids != nullptr) {  // few routes: each is a block of its own, and nothing is sorted
+    if (i < Config::kTileM) {
+      storage.source_row[i] = i == 0 ? row_block / p.row_divisor : -1;
+      storage.out_row[i] = i == 0 ? row_block : -1;
+    }
+    const int expert = p.topk_ids[row_block];
+    return expert < p.num_experts ? expert : -1;
+  }
   if (p.sorted_token_ids == nullptr) {
     if (i < Config::kTileM) {
-      const int64_t row = row_block * Config::kTileM + i;
+      const int64_t row = static_cast<int64_t>(row_block) * Config::kTileM + i;
       storage.source_row[i] = storage.out_row[i] = row < p.out_rows ? static_cast<int>(row) : -1;
     }
     const int expert = p.expert == nullptr ? 0 : *p.expert;
     return min(max(expert, 0), p.num_experts - 1);
   }
-  const int routing_block = static_cast<int>(row_block / p.sub_blocks);
-  const int sub_block = static_cast<int>(row_block % p.sub_blocks);
+  const int routing_block = p.sub_blocks == 1 ? row_block : row_block / p.sub_blocks;
+  const int sub_block = row_block - routing_block * p.sub_blocks;
   const int64_t first_slot = static_cast<int64_t>(routing_block) * p.moe_block_size;
   const int expert = p.expert_ids[routing_block];
   const int used_slots = *p.num_tokens_past_padded;
@@ -50,11 +73,14 @@ __device__ __forceinline__ int seek_rows(const GemmParams& p, int64_t row_block,
 template <class Config>
 __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>& storage,
                                      WorkTile& tile) {
-  int64_t block = blockIdx.x;
-  tile.split = static_cast<int>(block % p.split_k);
-  tile.index = block / p.split_k;
-  tile.column_block = static_cast<int>(tile.index % p.n_blocks);
-  tile.expert = seek_rows<Config>(p, tile.index / p.n_blocks, storage);
+  // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
+  // last. Dense: row blocks first, which share weights.
+  const bool routed = p.expert_ids != nullptr || p.topk_ids != nullptr;
+  const int row_block = routed ? blockIdx.y : blockIdx.x;
+  tile.split = blockIdx.z;
+  tile.column_block = routed ? blockIdx.x : blockIdx.y;
+  tile.index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  tile.expert = seek_rows<Config>(p, row_block, storage);
 
   const int per_split = (p.k_tiles + p.split_k - 1) / p.split_k;
   tile.k_tile_begin = tile.split * per_split;

@@ -5,6 +5,12 @@
 
 namespace jax_marlin {
 
+// Sums of each warp of K, and where their rows go: what the epilogue reads.
+template <class Config>
+struct TileSums {
+  float of[Config::kWarpsK][Config::kTileM][Config::kPartialPitch];
+};
+
 template <class Config>
 struct SharedStorage {
   using Element = typename Config::Element;
@@ -20,7 +26,7 @@ struct SharedStorage {
   };
   union {
     Stages stages;
-    float partial[Config::kWarpsK][Config::kTileM][Config::kPartialPitch];
+    TileSums<Config> sums;
   };
   int source_row[Config::kTileM];  // row of x; -1 for padding
   int out_row[Config::kTileM];     // row of out; -1 for padding

@@ -3,28 +3,28 @@
 
 namespace jax_marlin {
 
-constexpr int kTile = 64;           // the packed layout's tile: 64 columns (N) by 64 of K
-constexpr int kHalf = 32;           // scales may change every 32 of K
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
+constexpr int kTile = 64;       // the packed layout's tile: 64 columns (N) by 64 of K
+constexpr int kFragment = 16;   // columns of one tensor-core operand: a quarter of a packed tile
+constexpr int kHalf = 32;       // scales may change every 32 of K
 
-// tile_m rows by 64 * n_tiles columns. A warp owns 16 * frags_n columns; what warps remain split K.
+// tile_m rows by 16 * fragments columns. A warp owns frags_n fragments; what warps remain split K.
 struct TileConfig {
   int tile_m;      // rows of x, a multiple of 8 (the token side of m16n8k16)
-  int n_tiles;     // packed column tiles of one block
-  int frags_n;     // 16-column fragments of one warp: the reuse of one B fragment
+  int fragments;   // column fragments of one block
+  int frags_n;     // column fragments of one warp: the reuse of one B fragment
   int depth;       // packed K tiles a warp has in flight, in registers: a multiple of chunk
   int chunk;       // packed K tiles of one x stage
   int stages;      // x and scale stages in shared memory
   int min_blocks;  // blocks of one SM that the register budget must allow
+  int warps = 8;   // that multiply
 
   // 8-bit words need twice the registers of the ring, so fewer blocks fit.
   constexpr int blocks_per_sm(int bits) const {
     return bits == 4 ? min_blocks : (min_blocks + 1) / 2;
   }
-  constexpr int warps_n() const { return 4 * n_tiles / frags_n; }
-  constexpr int warps_k() const { return kWarps / warps_n(); }
-  constexpr int columns() const { return kTile * n_tiles; }
+  constexpr int warps_n() const { return fragments / frags_n; }
+  constexpr int warps_k() const { return warps / warps_n(); }
+  constexpr int columns() const { return kFragment * fragments; }
   constexpr int elements() const { return tile_m * columns(); }
 };
 

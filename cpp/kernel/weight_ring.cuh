@@ -15,19 +15,20 @@ class WeightRing {
   // warp_n, warp_k: this warp's place along the columns and along K.
   __device__ __forceinline__ WeightRing(const GemmParams& p, const WorkTile& tile,
                                         int tiles_per_warp, int warp_n, int warp_k) {
-    const int last_tile = (p.n + kTile - 1) / kTile - 1;
     const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
     remaining_ = min(begin + tiles_per_warp, tile.k_tile_end) - begin;
 #pragma unroll
     for (int f = 0; f < Config::kFragsN; ++f) {
-      const int fragment = warp_n * Config::kFragsN + f;  // of 16 columns, in this block
-      // Columns past the end repeat the last tile; the epilogue does not store them.
-      const int n_tile = min(tile.column_block * Config::kNTiles + fragment / 4, last_tile);
+      const int fragment = stack_fragment<Config>(p, tile, warp_n * Config::kFragsN + f);
       const int64_t column_tile =
-          static_cast<int64_t>(tile.expert) * p.stack_n_tiles + p.first_tile + n_tile;
+          static_cast<int64_t>(tile.expert) * p.stack_n_tiles + fragment / 4;
       const int thread = 32 * (fragment % 4) + threadIdx.x % 32;
       source_[f] = p.qweight + (column_tile * p.k_tiles + begin) * Config::kWordsPerTile +
                    thread * 4 * Config::kVectors;
+      // While x is still being written, packed tiles can be on their way to L2.
+      if (p.x_is_pending && thread == 0 && remaining_ > 0) {
+        ptx::prefetch_l2(source_[f], remaining_ * Config::kWordsPerTile * 4);
+      }
     }
   }
 
@@ -54,15 +55,10 @@ class WeightRing {
     }
   }
 
-  // The words of k16 step `step` (0..3) of fragment f.
-  __device__ __forceinline__ void words(int slot, int f, int step,
-                                        uint32_t (&w)[Config::kStepWords]) const {
+  // The thread's words of fragment f.
+  __device__ __forceinline__ void load(int f, int slot, uint4 (&words)[Config::kVectors]) const {
 #pragma unroll
-    for (int i = 0; i < Config::kStepWords; ++i) {
-      const int at = step * Config::kStepWords + i;
-      const uint4& v = ring_[slot][f][at / 4];
-      w[i] = at % 4 == 0 ? v.x : at % 4 == 1 ? v.y : at % 4 == 2 ? v.z : v.w;
-    }
+    for (int v = 0; v < Config::kVectors; ++v) words[v] = ring_[slot][f][v];
   }
 
  private:

@@ -15,20 +15,15 @@ constexpr int kSharedLimit = 99 * 1024;  // of one block on sm_86, sm_89 and sm_
 template <class Config>
 GemmKernel gemm_kernel() {
   static_assert(sizeof(SharedStorage<Config>) <= kSharedLimit, "fits every GPU from sm_80 on");
-  return {marlin_gemm<Config>, static_cast<int>(sizeof(SharedStorage<Config>))};
+  return {marlin_gemm<Config>, Config::kThreads, static_cast<int>(sizeof(SharedStorage<Config>))};
 }
 
-template <class Element, int bits, int... tiles>
-GemmKernel find_gemm_kernel(int tile, bool stored_zero_points,
-                            std::integer_sequence<int, tiles...>) {
+// The instance for run-time `tile`: one comparison each.
+template <class Element, int bits, ZeroPoints zero_points, int... tiles>
+GemmKernel find_gemm_kernel(int tile, std::integer_sequence<int, tiles...>) {
   GemmKernel kernel = {};
   ((tile == tiles
-        ? void(kernel =
-                   stored_zero_points
-                       ? gemm_kernel<
-                             KernelConfig<Element, bits, ZeroPoints::kStored, kTileTable[tiles]>>()
-                       : gemm_kernel<KernelConfig<Element, bits, ZeroPoints::kSymmetric,
-                                                  kTileTable[tiles]>>())
+        ? void(kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, kTileTable[tiles]>>())
         : void()),
    ...);
   return kernel;
@@ -36,8 +31,9 @@ GemmKernel find_gemm_kernel(int tile, bool stored_zero_points,
 
 template <class Element, int bits>
 GemmKernel find_gemm_kernel(int tile, bool stored_zero_points) {
-  return find_gemm_kernel<Element, bits>(tile, stored_zero_points,
-                                         std::make_integer_sequence<int, kNumTiles>());
+  constexpr std::make_integer_sequence<int, kNumTiles> kTiles;
+  return stored_zero_points ? find_gemm_kernel<Element, bits, ZeroPoints::kStored>(tile, kTiles)
+                            : find_gemm_kernel<Element, bits, ZeroPoints::kSymmetric>(tile, kTiles);
 }
 
 }  // namespace jax_marlin

@@ -7,7 +7,7 @@ namespace jax_marlin {
 
 struct GemmKernel {
   void (*function)(GemmParams);
-  int shared_bytes;
+  int threads, shared_bytes;
 };
 
 GemmKernel gemm_kernel_fp16_w4(int tile, bool stored_zero_points);

@@ -1,5 +1,8 @@
 // Launches the kernels: shared-memory opt-in, scratch that must start at zero, status of each call.
 
+#include <utility>
+
+#include "../kernel/combine_topk.cuh"
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
 #include "instances.h"
@@ -10,62 +13,97 @@ namespace jax_marlin {
 namespace {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // more must be asked for, kernel by kernel
+constexpr int kMaxGridY = 65535;
 
-// Idempotent, so it may run again when XLA re-captures the call.
-template <class Kernel>
-cudaError_t allow_shared(Kernel kernel, int shared_bytes) {
-  if (shared_bytes <= kDefaultSharedBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+GemmKernel find_kernel(const GemmLaunch& gemm) {
+  const bool stored = gemm.params.zero_points != nullptr;
+  const auto find = gemm.element == ElementType::kFloat16
+                        ? (gemm.bits == 4 ? gemm_kernel_fp16_w4 : gemm_kernel_fp16_w8)
+                        : (gemm.bits == 4 ? gemm_kernel_bf16_w4 : gemm_kernel_bf16_w8);
+  return find(gemm.choice.tile, stored);
 }
 
-GemmKernel find_kernel(ElementType element, int bits, int tile, bool stored) {
-  if (element == ElementType::kFloat16) {
-    return bits == 4 ? gemm_kernel_fp16_w4(tile, stored) : gemm_kernel_fp16_w8(tile, stored);
+cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
+  int device = 0;
+  const cudaError_t found = cudaGetDevice(&device);
+  return found != cudaSuccess ? found : cudaDeviceGetAttribute(value, attribute, device);
+}
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
+                   cudaStream_t stream, const Params& params) {
+  if (shared_bytes > kDefaultSharedBytes) {
+    // Idempotent, so it may run again when XLA re-captures the call.
+    const cudaError_t allowed =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (allowed != cudaSuccess) return allowed;
   }
-  return bits == 4 ? gemm_kernel_bf16_w4(tile, stored) : gemm_kernel_bf16_w8(tile, stored);
+  int major = 0;
+  const cudaError_t asked = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (asked != cudaSuccess) return asked;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = order == Order::kOverlap && major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace
 
-cudaError_t launch_gemm(GemmParams params, const TileChoice& choice, ElementType element, int bits,
-                        void* scratch, cudaStream_t stream) {
-  const int64_t blocks = choice.row_blocks * choice.n_blocks * choice.split_k;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  params.n_blocks = choice.n_blocks;
+cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {
+  const int64_t bytes = arrivals_bytes(gemm.choice);
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(gemm.scratch, 0, bytes, stream);
+}
+
+cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream) {
+  const TileChoice& choice = gemm.choice;
+  if (choice.row_blocks == 0 || choice.n_blocks == 0) return cudaSuccess;
+  GemmParams params = gemm.params;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
   if (choice.split_k > 1) {
-    params.arrivals = static_cast<int*>(scratch);
+    params.arrivals = static_cast<int*>(gemm.scratch);
     params.partials =
-        reinterpret_cast<float*>(static_cast<char*>(scratch) + arrivals_bytes(choice));
-    const cudaError_t cleared = cudaMemsetAsync(params.arrivals, 0, arrivals_bytes(choice), stream);
-    if (cleared != cudaSuccess) return cleared;
+        reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
   }
-  const GemmKernel kernel = find_kernel(element, bits, choice.tile, params.zero_points != nullptr);
-  const cudaError_t allowed = allow_shared(kernel.function, kernel.shared_bytes);
-  if (allowed != cudaSuccess) return allowed;
-  kernel.function<<<static_cast<unsigned>(blocks), kThreads, kernel.shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  const GemmKernel kernel = find_kernel(gemm);
+  if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const bool routed = params.expert_ids != nullptr || params.topk_ids != nullptr;
+  dim3 grid(static_cast<unsigned>(choice.row_blocks), choice.n_blocks, choice.split_k);
+  if (routed) std::swap(grid.x, grid.y);
+  if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
+  return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params);
 }
 
-cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream) {
+cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream) {
   if (params.slots == 0) return cudaSuccess;
-  gather_rows<<<params.slots, 256, 0, stream>>>(params);
-  return cudaGetLastError();
+  return launch(gather_rows, dim3(params.slots), 256, 0, order, stream, params);
 }
 
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream) {
   const int shared_bytes = params.num_experts * static_cast<int>(sizeof(int));
-  moe_align<<<params.num_experts, kAlignThreads, shared_bytes, stream>>>(params);
-  return cudaGetLastError();
+  return launch(moe_align, dim3(params.num_experts), kAlignThreads, shared_bytes, Order::kAfter,
+                stream, params);
+}
+
+cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
+                           cudaStream_t stream) {
+  if (params.tokens == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(params.tokens),
+                  (params.columns + kCombineColumns - 1) / kCombineColumns);
+  const auto kernel =
+      element == ElementType::kFloat16 ? combine_topk<__half> : combine_topk<__nv_bfloat16>;
+  return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
 }
 
 cudaError_t current_sm_count(int* sm_count) {
-  int device = 0;
-  const cudaError_t found = cudaGetDevice(&device);
-  if (found != cudaSuccess) return found;
-  return cudaDeviceGetAttribute(sm_count, cudaDevAttrMultiProcessorCount, device);
+  return device_attribute(cudaDevAttrMultiProcessorCount, sm_count);
 }
 
 }  // namespace jax_marlin

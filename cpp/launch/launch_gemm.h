@@ -10,11 +10,27 @@ namespace jax_marlin {
 
 enum class ElementType { kFloat16, kBfloat16 };
 
-// Completes the launch fields of `params` from `choice`, clears what must be zero, launches.
-cudaError_t launch_gemm(GemmParams params, const TileChoice& choice, ElementType element, int bits,
-                        void* scratch, cudaStream_t stream);
-cudaError_t launch_gather(const GatherParams& params, cudaStream_t stream);
+// How a kernel follows the one before it on the stream.
+enum class Order {
+  kAfter,     // starts when that one and its writes are complete
+  kOverlap,   // may start early, and waits in the kernel; as kAfter on GPUs that cannot
+};
+
+struct GemmLaunch {
+  GemmParams params;  // but for what `choice` says
+  TileChoice choice;
+  ElementType element;
+  int bits;
+  void* scratch;      // scratch_bytes(choice)
+};
+
+// Zeroes what a split K counts in; once before each launch_gemm, in stream order.
+cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream);
+cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream);
+cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream);
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream);
+cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
+                           cudaStream_t stream);
 
 // Multiprocessors of the device that is current on this thread.
 cudaError_t current_sm_count(int* sm_count);

@@ -3,6 +3,7 @@
 #include "select_tile.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "tile_table.h"
 
@@ -15,62 +16,90 @@ constexpr int kMaxSplitK = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks that the GPU holds at once; K is split only up to there.
-int64_t max_split_blocks(const TileConfig& tile, int bits, int sm_count) {
-  return static_cast<int64_t>(sm_count) * tile.blocks_per_sm(bits);
+// Table rows [first, last] with the smallest tile_m that takes all rows, else with the largest.
+struct TileRange {
+  int first, last;
+};
+
+TileRange fitting_tiles(const GemmProblem& problem) {
+  const int64_t rows = problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+  TileRange range = {0, 0};
+  for (int tile = 1; tile < kNumTiles; ++tile) {
+    const int tile_m = kTileTable[tile].tile_m;
+    if (tile_m == kTileTable[range.last].tile_m) {
+      range.last = tile;
+    } else if (kTileTable[range.last].tile_m < rows) {
+      range = {tile, tile};
+    }
+  }
+  return range;
 }
 
-int64_t tile_rows(const GemmProblem& problem) {
-  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+int64_t row_blocks(const GemmProblem& problem, const TileConfig& tile) {
+  if (problem.moe_block_size == 0) return ceil_div(problem.rows, tile.tile_m);
+  return ceil_div(problem.rows, problem.moe_block_size) *
+         ceil_div(problem.moe_block_size, tile.tile_m);
 }
 
-// The smallest tile that takes all rows, else the largest; of its widths the narrow one.
-int narrow_tile(const GemmProblem& problem) {
-  int tile = 0;
-  for (int next = 1; next < kNumTiles && kTileTable[tile].tile_m < tile_rows(problem); ++next) {
-    if (kTileTable[next].tile_m > kTileTable[tile].tile_m) tile = next;
+// Row blocks of up to 8 rows that a call will run: routes spread evenly over the experts leave some
+// without any. (1 - 1 / E)^R is the share of the E experts that R routes miss.
+double expected_row_blocks(const GemmProblem& problem) {
+  const double bound = static_cast<double>(row_blocks(problem, kTileTable[0]));
+  if (problem.routes == 0 || problem.num_experts == 0) return bound;
+  const double experts = problem.num_experts, routes = static_cast<double>(problem.routes);
+  const double touched = experts * -std::expm1(routes * std::log1p(-1. / std::max(experts, 2.)));
+  return std::min(bound, std::max(touched, routes / problem.moe_block_size));
+}
+
+// Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks.
+int select_narrow_rows(const GemmProblem& problem, const TileRange& range, int sm_count) {
+  constexpr int kLongK = 8192, kBlocksPerSm = 4;
+  const double row_blocks = expected_row_blocks(problem);
+  const auto blocks = [&](int tile) {
+    return row_blocks * static_cast<double>(ceil_div(problem.n, kTileTable[tile].columns()));
+  };
+  const int deep = range.last, wide = deep - 1;  // equally wide: for long K, and for short
+  int tile = problem.k >= kLongK ? deep : wide;
+  if (blocks(tile) < 1.9 * sm_count) {
+    for (tile = wide - 1; tile > range.first && blocks(tile) < 1.9 * sm_count;) --tile;
+  } else if (problem.k >= kLongK / 2 && blocks(tile) > kBlocksPerSm * sm_count) {
+    tile = wide - 1;  // several waves of long blocks: finer ones end closer together
   }
   return tile;
 }
 
-bool has_wide(int narrow) {
-  return narrow + 1 < kNumTiles && kTileTable[narrow + 1].tile_m == kTileTable[narrow].tile_m;
+int select_width(const GemmProblem& problem, int sm_count) {
+  const TileRange range = fitting_tiles(problem);
+  const int tile_m = kTileTable[range.first].tile_m;
+  if (tile_m == 8) return select_narrow_rows(problem, range, sm_count);
+  const int64_t wide_from = tile_m == 16 ? int64_t{1} << 25 : int64_t{1} << 26;
+  return static_cast<int64_t>(problem.k) * problem.n >= wide_from ? range.last : range.first;
 }
 
-// Thresholds measured on an H200; see the table for why.
-bool prefers_wide(const GemmProblem& problem, int narrow, int sm_count) {
-  const TileConfig& wide = kTileTable[narrow + 1];
-  if (wide.tile_m == 8) {
-    const int64_t rows_of_blocks = std::max<int64_t>(tile_rows(problem), 1);
-    const int64_t blocks =
-        ceil_div(problem.rows, rows_of_blocks) * ceil_div(problem.n, wide.columns());
-    return problem.k <= 2048 && blocks >= 2 * sm_count;
-  }
-  return static_cast<int64_t>(problem.k) * problem.n >= int64_t{1} << 26;
+// Parts of K, where blocks leave half of the multiprocessors idle and each part still feeds all
+// warps of K with half a ring: a part costs a round through scratch.
+int select_split(const GemmProblem& problem, const TileChoice& choice, int sm_count) {
+  const TileConfig& tile = kTileTable[choice.tile];
+  const int64_t blocks = std::max<int64_t>(choice.row_blocks * choice.n_blocks, 1);
+  if (problem.gated || 2 * blocks > sm_count) return 1;
+  const int64_t wanted = std::min(sm_count, kMaxSmCount) / blocks;
+  const int64_t deepest =
+      ceil_div(problem.k, kTile) / (tile.warps_k() * std::max(tile.depth / 2, 1));
+  return static_cast<int>(
+      std::max<int64_t>(std::min({wanted, deepest, static_cast<int64_t>(kMaxSplitK)}), 1));
 }
 
 }  // namespace
 
 TileChoice select_tile(const GemmProblem& problem, int sm_count) {
-  const bool routed = problem.moe_block_size > 0;
   TileChoice choice;
-  choice.tile = narrow_tile(problem);
-  if (has_wide(choice.tile) && prefers_wide(problem, choice.tile, sm_count)) ++choice.tile;
+  choice.tile = select_width(problem, sm_count);
   const TileConfig& tile = kTileTable[choice.tile];
-  choice.sub_blocks = routed ? static_cast<int>(ceil_div(problem.moe_block_size, tile.tile_m)) : 1;
-  choice.row_blocks = routed ? ceil_div(problem.rows, problem.moe_block_size) * choice.sub_blocks
-                             : ceil_div(problem.rows, tile.tile_m);
+  choice.sub_blocks =
+      static_cast<int>(std::max<int64_t>(ceil_div(problem.moe_block_size, tile.tile_m), 1));
+  choice.row_blocks = row_blocks(problem, tile);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, tile.columns()));
-
-  // Split K while blocks are fewer than the GPU can hold at once and each part still feeds all
-  // warps of K with half a ring; a part more costs one more round through scratch.
-  const int64_t blocks = std::max<int64_t>(choice.row_blocks * choice.n_blocks, 1);
-  const int64_t wanted =
-      max_split_blocks(tile, problem.bits, std::min(sm_count, kMaxSmCount)) / blocks;
-  const int64_t deepest =
-      ceil_div(problem.k, kTile) / (tile.warps_k() * std::max(tile.depth / 2, 1));
-  choice.split_k = static_cast<int>(
-      std::max<int64_t>(std::min({wanted, deepest, static_cast<int64_t>(kMaxSplitK)}), 1));
+  choice.split_k = select_split(problem, choice, sm_count);
   return choice;
 }
 
@@ -88,14 +117,14 @@ int64_t scratch_bytes(const TileChoice& choice) {
 }
 
 int64_t max_scratch_bytes(const GemmProblem& problem) {
+  if (problem.gated) return 0;
   // Whatever the device, parts are no more than this; arrivals are at most one a part.
-  const int narrow = narrow_tile(problem);
+  const TileRange range = fitting_tiles(problem);
   int64_t bytes = 0;
-  for (int tile = narrow; tile <= narrow + (has_wide(narrow) ? 1 : 0); ++tile) {
+  for (int tile = range.first; tile <= range.last; ++tile) {
     const int64_t n_blocks = ceil_div(problem.n, kTileTable[tile].columns());
-    const int64_t parts = max_split_blocks(kTileTable[tile], problem.bits, kMaxSmCount);
-    if (2 * n_blocks > parts) continue;
-    const int64_t words = parts * (kTileTable[tile].elements() + 1);
+    if (2 * n_blocks > kMaxSmCount) continue;
+    const int64_t words = int64_t{kMaxSmCount} * (kTileTable[tile].elements() + 1);
     bytes = std::max(bytes, words * static_cast<int64_t>(sizeof(float)) + 256);
   }
   return bytes;

@@ -6,10 +6,13 @@
 namespace jax_marlin {
 
 struct GemmProblem {
-  int64_t rows;  // dense: M; routed: slots of sorted_token_ids
-  int moe_block_size;  // 0 when dense
-  int k, n;
+  int64_t rows;  // dense: M; routed: slots of sorted_token_ids, or routes when there are no tables
+  int moe_block_size;  // 0 when dense, 1 when routed without tables
+  int k, n;  // n: columns of the weight that the call reads
   int bits;
+  bool gated = false;  // gate and up columns meet in one block, whose K is not split
+  int64_t routes = 0;  // routed by tables: what the slots hold without padding, over
+  int num_experts = 0;  // this many experts
 };
 
 struct TileChoice {
