@@ -3,6 +3,7 @@
 import json
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -92,10 +93,12 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
     assert "bytes       48.00 GiB packed, 96.00 GiB dense (in bfloat16)" in text
 
 
-def test_other_formats_are_listed_by_dtype(find_checkpoint, capsys):
-    assert main([str(find_checkpoint("gptoss-mxfp4"))]) == 0
+def test_other_formats_are_listed_by_dtype(tmp_path, capsys):
+    parts = {"weight": np.zeros((3, 4), np.uint8), "absmax": np.ones(3, ml_dtypes.bfloat16)}
+    write(tmp_path, {"a.proj": parts}, {"quant_method": "bitsandbytes"})
+    assert main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"format +cannot be loaded: .*quant_method is 'mxfp4'", text)
+    assert re.search(r"format +cannot be loaded: .*quant_method is 'bitsandbytes'", text)
     table = rows(text)
     assert table[0] == ["dtype", "tensors", "bytes"]
     assert "BF16" in [row[0] for row in table]
