@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.checkpoints import open_checkpoint
-from jax_marlin.models import mixtral, qwen2_moe, qwen3_moe
+from jax_marlin.models import deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.family import Family
 from jax_marlin.models.module_reader import ModuleReader
 
-_FAMILIES = {f.model_type: f for f in (mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY)}
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        mixtral.FAMILY,
+        qwen2_moe.FAMILY,
+        qwen3_moe.FAMILY,
+        deepseek_v3.FAMILY,
+        deepseek_v3.KIMI_K2,
+        gpt_oss.FAMILY,
+    )
+}
 
 
 def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None) -> CausalLM:
@@ -69,6 +79,8 @@ def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> Causa
     embed = reader.weight("model.embed_tokens", (c.vocab_size, c.hidden_size))
     layers = tuple(family.read_layer(reader, c, i) for i in range(len(c.sparse_layers)))
     norm = reader.weight("model.norm", (c.hidden_size,))
+    for prefix in family.unused(c):
+        reader.skip(prefix)
     lm_head = None
     if c.tie_word_embeddings:
         reader.mark_read("lm_head")  # some writers repeat the embedding here
