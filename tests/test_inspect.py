@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,9 @@ from jax_marlin.checkpoints import shards
 from jax_marlin.inspect import describe, main
 
 QWEN = "qwen3moe-gptq-sym-g128"
+
+
+GOLDEN = Path(__file__).parent / "data" / "inspect"  # one file a checkpoint, all but the path
 
 
 def rows(text):
@@ -35,6 +39,13 @@ def test_real_checkpoint(find_checkpoint):
     assert gptq[:6] == ["gptq", "4", "128", "symmetric", "56", "48"]
     assert dense[:6] == ["dense", "-", "-", "-", "13", "0"]
     assert total[:3] == ["total", "69", "48"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.txt")))
+def test_output_of_every_checkpoint(find_checkpoint, name):
+    lines = describe(find_checkpoint(name)).splitlines()
+    assert lines[0].startswith("checkpoint  ") and lines[0].endswith(name)
+    assert lines[1:] == (GOLDEN / f"{name}.txt").read_text().splitlines()
 
 
 def test_mixed_widths_have_a_row_each(tmp_path):

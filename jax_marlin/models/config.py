@@ -133,7 +133,7 @@ def num_experts(config: Mapping[str, Any]) -> int:
     """A key that transformers renamed; both names may stand there if they agree."""
     keys = ("num_experts", "num_local_experts", "n_routed_experts")
     values = [config[key] for key in keys if config.get(key) is not None]
-    if len(set(values)) != 1 or type(values[0]) is not int:
+    if not values or any(v != values[0] for v in values) or type(values[0]) is not int:
         got = {key: config.get(key) for key in keys}
         raise ValueError(f"models.load: config.json has {got}, expected one number under any name")
     return values[0]
