@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 E4M3 = ml_dtypes.float8_e4m3fn
 
@@ -99,7 +100,9 @@ def modelopt_parts(seed, k, n):
     }
 
 
-def fp8_parts(seed, k, n, scale_shape, *, name="weight_scale", dtype=np.float32, bias=False):
+def fp8_parts(
+    seed, k, n, scale_shape, *, name="weight_scale", dtype: npt.DTypeLike = np.float32, bias=False
+):
     rng = np.random.default_rng(seed)
     scales = rng.uniform(0.01, 0.1, scale_shape) * rng.choice([-1, 1], scale_shape)
     return {"weight": e4m3_array(rng, n, k), name: np.asarray(scales, dtype)} | _bias(rng, n, bias)

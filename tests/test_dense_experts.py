@@ -31,7 +31,7 @@ def stack(seed, k, n, dtype="float32", *, bias=True):
 
 
 def wide(a):
-    return None if a is None else np.asarray(a.astype(jnp.float32)).astype(np.float64)
+    return np.asarray(a.astype(jnp.float32)).astype(np.float64)
 
 
 def routes():
@@ -115,9 +115,12 @@ def test_ragged_dot(dtype):
     sizes = jnp.array([3, 0, 4, 1, 1])
     got = jax.jit(jm.ragged_dot)(x, w, sizes)
     rows = np.repeat([0, 2, 3, 4, -1], [3, 4, 1, 1, 2])[:, None]
-    exact = oracle.routed_rows(wide(x), wide(w.weight), rows, wide(w.bias))
-    budget = [oracle.matmul_budget(wide(x), wide(w.weight)[e], x.dtype, wide(w.bias)[e])
-              for e in range(E)]  # fmt: skip
+    weights, biases = wide(w.weight), wide(w.bias)
+    exact = oracle.routed_rows(wide(x), weights, rows, biases)
+    budget = [
+        oracle.matmul_budget(wide(x), weight, x.dtype, bias)
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
     budget = np.stack([budget[e][i] for i, e in enumerate(rows[:, 0])])
     oracle.assert_within(got, exact, budget)
     assert not np.asarray(got, np.float32)[9:].any()
@@ -167,7 +170,7 @@ def test_pytree_properties():
 X, IDS, WEIGHTS = jnp.ones((TOKENS, H)), jnp.zeros((TOKENS, 1), jnp.int32), jnp.ones((TOKENS, 1))
 GATE_UP, DOWN = stack(1, H, 2 * INNER), stack(3, INNER, H)
 ONE = jax.tree.map(lambda leaf: leaf[0], DOWN)
-WRONG = jm.DenseExpertStack(DOWN.weight, DOWN.bias[:, :3])
+WRONG = jm.DenseExpertStack(DOWN.weight, jnp.zeros((E, 3)))
 
 
 @pytest.mark.parametrize(

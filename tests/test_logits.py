@@ -115,4 +115,5 @@ def test_act_order_gathers_only_before_gate_up(find_checkpoint, name):
     for layer in models.load(path, "float32").layers:
         assert isinstance(layer.mlp, SparseMlp) and isinstance(layer.mlp.gate_up, MarlinExpertStack)
         assert layer.mlp.gate_up.perm is not None
+        assert isinstance(layer.mlp.down, MarlinExpertStack)
         assert layer.mlp.down.perm is None

@@ -17,6 +17,7 @@ Source: `quantizers/quantizer_finegrained_fp8.py` of huggingface/transformers;
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -54,11 +55,11 @@ def fp8_scheme(block: tuple[int, int]) -> ModuleQuantization:
 
 def block_sizes(value: object, where: str) -> tuple[int, int]:
     """(bn, bk) out of a config's [bn, bk] or "bnxbk"."""
-    sizes = value.split("x") if isinstance(value, str) else value
-    if isinstance(sizes, list) and len(sizes) == 2:
-        sizes = [int(s) if isinstance(s, str) and s.isdecimal() else s for s in sizes]
-        if all(type(size) is int and size > 0 for size in sizes):
-            return sizes[0], sizes[1]
+    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+        value = [int(size) for size in value.split("x")]
+    if isinstance(value, list) and len(value) == 2:
+        if all(type(size) is int and size > 0 for size in value):
+            return value[0], value[1]
     raise ValueError(f"{where} is {value!r}, expected two sizes [N, K] of at least 1")
 
 

@@ -1,7 +1,7 @@
 """Parts of a decoder layer; attributes are named as the checkpoint's tensors, so paths agree."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,6 @@ from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.routing import route
 
 _static: dict[str, Any] = {"metadata": {"static": True}}
-
-
-class AttentionBlock(Protocol):
-    """What a layer's `self_attn` is, whatever it attends by; see `Attention.__call__`."""
-
-    def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +96,6 @@ class DecoderLayer:
     """Attention, then the MLP, each normalised before and added after."""
 
     input_layernorm: jax.Array  # [H]
-    self_attn: AttentionBlock
+    self_attn: Any  # an Attention, or a family's own that is called as one
     post_attention_layernorm: jax.Array  # [H]
     mlp: SparseMlp | DenseMlp

@@ -5,13 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax_marlin.models.config import DecoderConfig
-from jax_marlin.models.decoder_layer import (
-    Attention,
-    AttentionBlock,
-    DecoderLayer,
-    DenseMlp,
-    SparseMlp,
-)  # fmt: skip
+from jax_marlin.models.decoder_layer import Attention, DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.module_reader import ModuleReader
 
 
@@ -41,7 +35,7 @@ def read_decoder_layer(
     read_mlp: Callable[[str], SparseMlp | DenseMlp],
     *,
     head_norms: bool = False,
-    read_attention: Callable[[str], AttentionBlock] | None = None,
+    read_attention: Callable[[str], Any] | None = None,
 ) -> DecoderLayer:
     """Layer i of the usual names; `read_mlp(prefix)` reads what follows attention.
 

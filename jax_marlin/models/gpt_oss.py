@@ -32,6 +32,7 @@ class SinkAttention(Attention):
     """Grouped-query attention in which each head may also attend to nothing, by a learnt score."""
 
     sinks: jax.Array  # [heads]
+    config: GptOssConfig = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
 
     def rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:

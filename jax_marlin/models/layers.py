@@ -156,8 +156,8 @@ def attend(
     visible = entries <= positions[:, None]  # [seq, S]
     if window is not None:
         visible &= entries > positions[:, None] - window
-    scale = head_dim**-0.5 if scale is None else scale
-    scores = jnp.where(visible[None, None, None], scores * scale, -jnp.inf)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
         sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))

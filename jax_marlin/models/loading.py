@@ -30,14 +30,16 @@ _FAMILIES = {
 def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None) -> CausalLM:
     """Loads a checkpoint directory as a model on the default device.
 
-    Quantized modules stay packed; whether a module is quantized is read from its tensors, so
-    attention and lm_head may be either. Both generations of config keys are read (`num_experts` or
-    `num_local_experts`, `rope_theta` or `rope_parameters`). Peak host memory is the packed model
-    plus one expert.
+    Modules in formats that kernels read (GPTQ, AWQ, compressed-tensors' pack-quantized) stay
+    packed; MXFP4, NVFP4 and FP8 are dequantized to `dtype`, experts into a `DenseExpertStack`.
+    Whether a module is quantized is read from its tensors, so attention, experts and lm_head may
+    be either. Both generations of config keys are read (`num_experts` or `num_local_experts`,
+    `rope_theta` or `rope_parameters`). Peak host memory is the loaded model plus one expert, for
+    gpt-oss plus the stored experts of one layer.
 
     Args:
-        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE or Qwen3-MoE
-            model whose experts are GPTQ-quantized.
+        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE, Qwen3-MoE,
+            DeepSeek-V3 (R1, Kimi-K2) or gpt-oss model.
         dtype: compute dtype: float16 or bfloat16 (CUDA kernels), or float32 (plain JAX anywhere).
             None: the dtype that config.json names.
 
@@ -46,7 +48,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
 
     Raises:
         NotImplementedError: an architecture, or a setting of config.json that changes the result,
-            that is not implemented: a sliding window, a scaled rope, an unknown activation.
+            that is not implemented: a sliding window or a scaled rope where the family has none,
+            an unknown activation.
         ValueError: tensors are missing, malformed, or unknown to the architecture; keys of
             config.json are missing or contradict each other.
 

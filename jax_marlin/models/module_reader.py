@@ -13,6 +13,7 @@ from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.linear import MarlinLinear
 from jax_marlin.models.layers import DenseLinear, Linear
 from jax_marlin.ops.moe_matmul import ExpertStack
+from jax_marlin.weights import MarlinExpertStack
 
 
 class ModuleReader:
@@ -61,7 +62,12 @@ class ModuleReader:
         `columns` is the order in which the stored columns are wanted.
         """
         info = self._checkpoint.modules.get(module)
-        self._check_shape(module, info.shape if info else (), shape)
+        if info is None:
+            raise ValueError(
+                f"models.load: no module {module}, expected all experts in {module}_blocks and "
+                f"_scales (MXFP4), the one form in which this model's experts load"
+            )
+        self._check_shape(module, info.shape, shape)
         stack = self._checkpoint.load_fused_stack(module, self._dtype, columns=columns)
         self._modules_read.add(module)
         if stack.bias is None:
@@ -97,11 +103,14 @@ class ModuleReader:
             width = inner if isinstance(gate_up, tuple) else 2 * inner
             self._check_shape(f"{prefix} gate and up", part.shape, (num_experts, outer, width))
         self._check_shape(f"{prefix} down", down.shape, (num_experts, inner, outer))
-        halves = gate_up if isinstance(gate_up, tuple) else (gate_up,)
-        if any(isinstance(stack, DenseExpertStack) for stack in (*halves, down)):
+        stacks = (*(gate_up if isinstance(gate_up, tuple) else (gate_up,)), down)
+        packed = [stack for stack in stacks if isinstance(stack, MarlinExpertStack)]
+        if len(packed) < len(stacks):
             return gate_up, down
         # gate_up writes its columns in down's row order: only gate_up's input is gathered.
-        return fold_act_order(gate_up, down)
+        if len(packed) == 3:
+            return fold_act_order((packed[0], packed[1]), packed[2])
+        return fold_act_order(packed[0], packed[1])
 
     def mark_read(self, *modules: str) -> None:
         """Accounts for modules whose tensors the model does not need."""
