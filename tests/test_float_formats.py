@@ -249,6 +249,17 @@ def test_modelopts_own_file(tmp_path):
     })  # fmt: skip
     with pytest.warns(UserWarning, match=r"hf_quant_config\.json: quantization: activations are"):
         assert open_checkpoint(tmp_path).modules[MODULE].kind == "nvfp4"
+    # Newer exports say the same in config.json.
+    inner = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+    write_json(tmp_path / "config.json", {"quantization_config": inner})
+    with pytest.warns(UserWarning, match=r"config\.json: (quantization: )?activations are"):
+        assert open_checkpoint(tmp_path).modules[MODULE].kind == "nvfp4"
+    write_json(tmp_path / "config.json", {"quantization_config": inner | {"quant_algo": "FP8"}})
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"bits is 8 in config\.json but 4"),
+    ):
+        open_checkpoint(tmp_path)
 
 
 def test_nvfp4_activations_of_local_scales_warn(tmp_path):

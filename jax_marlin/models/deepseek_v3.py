@@ -10,17 +10,9 @@ import jax.numpy as jnp
 from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts, size
 from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
-from jax_marlin.models.layers import (
-    Linear,
-    attend,
-    frequencies_of,
-    linear_float32,
-    rms_norm,
-    turn,
-    updated,
-)  # fmt: skip
+from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
 from jax_marlin.models.module_reader import ModuleReader
-from jax_marlin.models.yarn import Yarn, read_yarn
+from jax_marlin.models.yarn import Yarn, read_yarn, rotate_scaled
 from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.routing import route
 
@@ -97,10 +89,7 @@ class LatentAttention:
         c, dim = self.config, x.shape[-1]
         if c.rope_interleave:  # neighbours are a pair
             x = jnp.swapaxes(x.reshape(*x.shape[:-1], dim // 2, 2), -1, -2).reshape(x.shape)
-        if c.yarn is None:
-            return turn(x, positions, frequencies_of(dim, c.rope_theta))
-        frequencies = jnp.asarray(c.yarn.frequencies(dim, c.rope_theta))
-        return turn(x, positions, frequencies, c.yarn.attention_factor)
+        return rotate_scaled(x, positions, c.rope_theta, c.yarn)
 
 
 @jax.tree_util.register_dataclass
@@ -160,8 +149,8 @@ def _read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
         v_head_dim=size(config, "v_head_dim"),
         rope_interleave=bool(config.get("rope_interleave", True)),
         yarn=read_yarn(config),
-        n_group=size({"n_group": 1, **config}, "n_group"),
-        topk_group=size({"topk_group": 1, **config}, "topk_group"),
+        n_group=1 if config.get("n_group") is None else size(config, "n_group"),
+        topk_group=1 if config.get("topk_group") is None else size(config, "topk_group"),
         routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
         shared_width=(config.get("n_shared_experts") or 0) * inner,
         skipped_layers=tuple(range(layers, layers + further)),

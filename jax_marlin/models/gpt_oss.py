@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts, size
 from jax_marlin.models.decoder_layer import Attention, DecoderLayer, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_plain_attention
-from jax_marlin.models.layers import attend, frequencies_of, turn
+from jax_marlin.models.layers import attend
 from jax_marlin.models.module_reader import ModuleReader
-from jax_marlin.models.yarn import Yarn, read_yarn
+from jax_marlin.models.yarn import Yarn, read_yarn, rotate_scaled
 
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
@@ -37,11 +36,7 @@ class SinkAttention(Attention):
 
     def rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Queries or keys turned to their positions."""
-        yarn, theta = self.config.yarn, self.config.rope_theta
-        if yarn is None:
-            return turn(x, positions, frequencies_of(x.shape[-1], theta))
-        frequencies = jnp.asarray(yarn.frequencies(x.shape[-1], theta))
-        return turn(x, positions, frequencies, yarn.attention_factor)
+        return rotate_scaled(x, positions, self.config.rope_theta, self.config.yarn)
 
     def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         """Values weighted, `[batch, seq, heads * head_dim]`."""

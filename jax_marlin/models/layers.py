@@ -101,13 +101,8 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
         x's shape and dtype; features (i, i + head_dim / 2) are turned by `position *
         theta^(-2i / head_dim)` radians, computed in float32.
     """
-    return turn(x, positions, frequencies_of(x.shape[-1], theta))
-
-
-def frequencies_of(head_dim: int, theta: float) -> jax.Array:
-    """`theta^(-2i / head_dim)`, float32 `[head_dim / 2]`."""
-    half = head_dim // 2
-    return theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half = x.shape[-1] // 2
+    return turn(x, positions, theta ** (-jnp.arange(half, dtype=jnp.float32) / half))
 
 
 def turn(

@@ -9,7 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jax_marlin.models.layers import rotate, turn
 
 _KEYS = {
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow",
@@ -55,6 +59,14 @@ class Yarn:
         slowed = np.clip((pairs - first) / max(last - first, 0.001), 0, 1)
         plain = theta ** (-2 * pairs / dim)
         return (plain * (slowed / self.factor + 1 - slowed)).astype(np.float32)
+
+
+def rotate_scaled(x: jax.Array, positions: jax.Array, theta: float, yarn: Yarn | None) -> jax.Array:
+    """`layers.rotate` with YaRN's frequencies and factor, if there is one."""
+    if yarn is None:
+        return rotate(x, positions, theta)
+    frequencies = jnp.asarray(yarn.frequencies(x.shape[-1], theta))
+    return turn(x, positions, frequencies, yarn.attention_factor)
 
 
 def read_yarn(config: Mapping[str, Any]) -> Yarn | None:

@@ -17,6 +17,7 @@ def composed_layer(
     down: ExpertStack,
     activate: Callable[[jax.Array, jax.Array], jax.Array],
     weights_on_input: bool,
+    implementation: str | None,
     where: str,
 ) -> jax.Array:
     """`moe_ffn` after its checks; any of the stacks may be packed, any dense.
@@ -29,6 +30,7 @@ def composed_layer(
         down: `[E, I, N]`.
         activate: (gate, up) float32 `[R, I]` -> float32 `[R, I]`.
         weights_on_input: weigh gate_up's input in place of down's output.
+        implementation: None or "xla", for what is packed and for the alignment.
         where: public op that error messages name.
 
     Returns:
@@ -36,7 +38,9 @@ def composed_layer(
     """
     num_experts, (num_tokens, top_k) = down.num_experts, ids.shape
     moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
-    routing = Routing(*align_routed_rows(ids, moe_block_size, num_experts))
+    routing = Routing(
+        *align_routed_rows(ids, moe_block_size, num_experts, implementation=implementation)
+    )
     row_weights = weights.reshape(-1)
 
     def product(rows, stack, top_k, row_weights, weights_before_bias=False):
@@ -44,7 +48,7 @@ def composed_layer(
             rows, stack, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
             weights_before_bias=weights_before_bias, preferred_element_type=jnp.float32,
-            where=where,
+            implementation=implementation, where=where,
         )  # fmt: skip
 
     # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.

@@ -103,7 +103,9 @@ def moe_ffn(
     def layer(x, ids, weights, halves, down):
         if any(isinstance(stack, DenseExpertStack) for stack in (*halves, down)):
             activate = ACTIVATIONS[activation]
-            return composed_layer(x, ids, weights, halves, down, activate, weights_on_input, _WHERE)
+            return composed_layer(
+                x, ids, weights, halves, down, activate, weights_on_input, implementation, _WHERE
+            )
         return _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation)
 
     @layer.def_vmap
