@@ -15,7 +15,8 @@ STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     ("changes", "message"),
     [
         ({"format": "int-quantized"}, "format is 'int-quantized', and of compressed"),
-        ({"format": "naive-quantized"}, "format is 'naive-quantized'.*W4A16 or W8A16"),
+        ({"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized'.*W4A16 or W8A16"),
+        (group(format="naive-quantized"), "type is 'int', expected 'float' with format 'naive-q"),
         ({"transform_config": {"config_groups": {"u": 1}}}, "transform_config is {'config_groups'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is {'format'"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}"),

@@ -110,7 +110,7 @@ def test_weights_past_float16(tmp_path):
         (FP8_BLOCKS | {"weight_block_size": [128]}, ValueError, r"weight_block_size is \[128\]"),
         (FP8_BLOCKS | {"weight_block_size": [0, 128]}, ValueError, r"is \[0, 128\], expected two"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, NotImplementedError,
-         "quant_algo is 'W4A8_AWQ', expected 'NVFP4' or 'FP8'"),
+         "quant_algo is 'W4A8_AWQ', expected NVFP4, FP8"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 32},
          NotImplementedError, "group_size is 32, expected 16 for NVFP4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4", "pre_quant_scale": True},
@@ -124,8 +124,8 @@ def test_weights_past_float16(tmp_path):
         (ct(FP8, "block", 8), ValueError, "block_structure is None, expected two sizes"),
         (ct(FP8, "group", 8, group_size=0), ValueError, "group_size is 0, expected at least 1"),
         (ct(FP8, "channel", 8, symmetric=False), NotImplementedError, "symmetric is False"),
-        (ct(FP8, "channel", 8, activations={"dynamic": "local"}), NotImplementedError,
-         "input_activations: dynamic is 'local'"),
+        (ct(FP8, "channel", 8, activations=8), NotImplementedError,
+         "input_activations: dynamic is 8, expected true"),
     ],
 )  # fmt: skip
 def test_configs_refused(tmp_path, config, error, message):

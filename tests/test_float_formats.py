@@ -49,6 +49,7 @@ def ct(name, strategy, bits=4, activations=None, **changes):
 
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]}
 FP8 = "float-quantized"
+MODELOPT = {"quant_method": "modelopt"}
 # name -> (config, parts, its weight in float64)
 CASES = {}
 
@@ -76,10 +77,13 @@ for name, shape, bn, bk, config in [
     ("fp8_channel_of_one_axis", (N,), 1, K, ct(FP8, "channel", 8)),
     ("fp8_tensor", (1,), N, K, ct(FP8, "tensor", 8)),
     ("fp8_group", (N, 3), 1, 32, ct(FP8, "group", 8)),
+    ("fp8_naive_quantized", (N, 1), 1, K, ct("naive-quantized", "channel", 8)),
     ("fp8_block", (1, 1), 128, 128, ct(FP8, "block", 8, block_structure=[128, 128])),
     ("fp8_block_off_both_edges", (3, 2), 16, 64, ct(FP8, "block", 8, block_structure="16x64")),
     ("fp8_autofp8", (), N, K, {"quant_method": "fp8"}),
-    ("fp8_modelopt", (), N, K, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    ("fp8_modelopt", (), N, K, MODELOPT | {"quant_algo": "FP8"}),
+    ("fp8_modelopt_channel", (N,), 1, K, MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
+    ("fp8_modelopt_block", (1, 1, 1, 1), 128, 128, MODELOPT | {"quant_algo": "fp8_pb_wo"}),
 ]:
     parts = fp8_parts(5, K, N, shape, bias=name == "fp8_channel")
     case(name, config, parts, fp8_weight(parts["weight"], parts["weight_scale"], bn, bk))
@@ -90,7 +94,7 @@ case("fp8_scale_inv_multiplies", FP8_BLOCKS, parts,
 
 def opened(path, config):
     """An open checkpoint; ModelOpt's configs warn that activations stay as they are."""
-    expects_warning = config.get("quant_method") == "modelopt"
+    expects_warning = config.get("quant_algo") not in (None, "fp8_pb_wo")
     with (
         pytest.warns(UserWarning, match="quantizes weights alone")
         if expects_warning
@@ -262,11 +266,14 @@ def test_modelopts_own_file(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_nvfp4_activations_of_local_scales_warn(tmp_path):
-    activations = {"num_bits": 4, "type": "float", "dynamic": "local", "strategy": "tensor_group"}
+@pytest.mark.parametrize("dynamic", [True, "local", False])
+def test_scales_of_activations_are_not_used(tmp_path, dynamic):
+    activations = {"num_bits": 4, "type": "float", "dynamic": dynamic, "strategy": "tensor_group"}
     config = ct("nvfp4-pack-quantized", "tensor_group", activations=activations)
     path = write(tmp_path, {MODULE: nvfp4_parts(1, K, N)}, config)
-    with pytest.warns(UserWarning, match="quantized as they come .*weights alone"):
+    with pytest.warns(
+        UserWarning, match=r"quantized \(group_0: input_activations\).*weights alone"
+    ):
         open_checkpoint(path)
 
 

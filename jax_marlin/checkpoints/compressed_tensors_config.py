@@ -90,7 +90,7 @@ def parse_compressed_tensors(raw: Mapping, where: str) -> QuantizeConfig:
     raw_groups = raw.get("config_groups")
     if not isinstance(raw_groups, Mapping) or not raw_groups:
         raise ValueError(f"{where}: config_groups is {raw_groups!r}, expected name -> group")
-    groups, dynamic = [], []
+    groups, activations = [], []
     for name, group in raw_groups.items():
         inside = f"{where}: config_groups: {name}"
         if not isinstance(group, Mapping):
@@ -101,15 +101,15 @@ def parse_compressed_tensors(raw: Mapping, where: str) -> QuantizeConfig:
             group.get("weights"), group.get("format") or raw.get("format"), f"{inside}: weights"
         )
         for key in ("input_activations", "output_activations"):
-            if _is_dynamic(group.get(key), scheme, f"{inside}: {key}"):
-                dynamic.append(f"{name}: {key}")
+            if _are_quantized(group.get(key), scheme, f"{inside}: {key}"):
+                activations.append(f"{name}: {key}")
         for target in _strings(group.get("targets"), f"{inside}: targets"):
             _check_regex(target, f"{inside}: targets")
             groups.append((target, scheme))
     if not groups:
         raise ValueError(f"{where}: config_groups has no targets, expected one or more")
-    if dynamic:
-        warn_activations(where, f"as they come ({', '.join(dynamic)})")
+    if activations:
+        warn_activations(where, f"({', '.join(activations)})")
     return CompressedTensorsConfig(groups[0][1], (), tuple(groups))
 
 
@@ -150,14 +150,14 @@ def _scheme(raw: object, stored: object, where: str) -> ModuleQuantization:
     return override(ModuleQuantization.start("compressed-tensors"), plain, where, required=True)
 
 
-def _is_dynamic(raw: object, scheme: ModuleQuantization, where: str) -> bool:
-    """Whether activations are quantized as they come; raises where the scale is a stored one."""
+def _are_quantized(raw: object, scheme: ModuleQuantization, where: str) -> bool:
+    """Whether activations are; raises where their stored scale belongs to integer weights."""
     if raw is None:
         return False
-    # NVFP4 finds the scale of each 16 activations as they come ("local").
-    as_they_come = (True, "local") if scheme.checkpoint_format.startswith("nvfp4") else (True,)
-    if isinstance(raw, Mapping) and raw.get("dynamic") in as_they_come:
-        return True
+    if isinstance(raw, Mapping):
+        # Weights of floats mean the same without the activations' scales, stored or not.
+        if raw.get("dynamic") is True or scheme.checkpoint_format != "compressed-tensors":
+            return True
     got = raw.get("dynamic", False) if isinstance(raw, Mapping) else raw
     raise NotImplementedError(
         f"{where}: dynamic is {got!r}, expected true or no quantization of activations: static "

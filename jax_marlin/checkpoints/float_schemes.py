@@ -13,6 +13,7 @@ FLOAT_FORMATS: Mapping[str, tuple[int, tuple[str, ...]]] = {
     "mxfp4-pack-quantized": (4, ("group",)),
     "nvfp4-pack-quantized": (4, ("tensor_group",)),
     "float-quantized": (8, ("channel", "block", "group", "tensor")),
+    "naive-quantized": (8, ("channel", "block", "group", "tensor")),  # the same tensors
 }
 
 

@@ -7,8 +7,8 @@ A linear W [K, N] is stored so, the scale under one of two names, which always m
 
     W[k, n] = weight[n, k] * scale[n // bn, k // bk]
 
-with blocks of bn x bk: 128 x 128 (DeepSeek's own files), 1 x K for a channel (the scale may be
-[N]), 1 x group_size, or N x K (the scale may be [1] or []).
+with blocks of bn x bk: 128 x 128 (DeepSeek's own files; ModelOpt's scale has axes of 1 between),
+1 x K for a channel (the scale may be [N]), 1 x group_size, or N x K (the scale may be [1] or []).
 
 Source: `quantizers/quantizer_finegrained_fp8.py` of huggingface/transformers;
 `compressors/naive_quantized/` of vllm-project/compressed-tensors.
@@ -16,7 +16,6 @@ Source: `quantizers/quantizer_finegrained_fp8.py` of huggingface/transformers;
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -76,14 +75,22 @@ def _layout(
     bn, bk = _block(quantization, n, k)
     scale = (-(-n // bn), -(-k // bk))
     stored = parts["weight_scale"].shape
-    if 1 in scale and math.prod(stored) == math.prod(scale) and len(stored) < 2:
-        scale = stored  # [N] for [N, 1]; [1] or [] for [1, 1]
+    if stored in _other_shapes(*scale):
+        scale = stored
     return Layout(k, n, {
         "weight": (("F8_E4M3",), (n, k)),
         "weight_scale": (SCALES, scale),
         "bias": (SCALES, (n,)),
         **one_number(parts, *_NOT_USED),
     })  # fmt: skip
+
+
+def _other_shapes(rows: int, columns: int) -> list[tuple[int, ...]]:
+    """How [rows, columns] scales are stored too: without axes of 1, or with one in each block."""
+    shapes: list[tuple[int, ...]] = [(rows, 1, columns, 1)]
+    if columns == 1:
+        shapes.append((rows,))
+    return [*shapes, ()] if rows == columns == 1 else shapes
 
 
 def _dequantize(

@@ -21,6 +21,12 @@ _KEYS = (
     "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "quantization", "has_zero_point",
     "pre_quant_scale", "quantized_layers",
 )  # fmt: skip
+# quant_algo -> (bn, bk), see fp8.py
+_FP8_BLOCKS = {
+    "FP8": (-1, -1),
+    "FP8_PER_CHANNEL_PER_TOKEN": (1, -1),
+    "FP8_PB_WO": (128, 128),
+}
 
 
 def parse_modelopt(raw: Mapping, where: str) -> QuantizeConfig:
@@ -33,7 +39,7 @@ def parse_modelopt(raw: Mapping, where: str) -> QuantizeConfig:
         raise NotImplementedError(
             f"{where}: pre_quant_scale is true, expected false (no AWQ scale)"
         )
-    algorithm = raw.get("quant_algo")
+    algorithm = str(raw.get("quant_algo")).upper()
     if algorithm == "NVFP4":
         size = raw.get("group_size") or nvfp4.GROUP_SIZE
         if size != nvfp4.GROUP_SIZE:
@@ -41,12 +47,13 @@ def parse_modelopt(raw: Mapping, where: str) -> QuantizeConfig:
                 f"{where}: group_size is {size!r}, expected {nvfp4.GROUP_SIZE} for NVFP4"
             )
         scheme = ModuleQuantization(4, size, True, False, "nvfp4")
-    elif algorithm == "FP8":
-        scheme = fp8_scheme((-1, -1))
+    elif algorithm in _FP8_BLOCKS:
+        scheme = fp8_scheme(_FP8_BLOCKS[algorithm])
     else:
         raise NotImplementedError(
-            f"{where}: quant_algo is {algorithm!r}, expected 'NVFP4' or 'FP8'; other kinds of "
-            f"ModelOpt checkpoints are not read"
+            f"{where}: quant_algo is {raw.get('quant_algo')!r}, expected NVFP4, "
+            f"{', '.join(_FP8_BLOCKS)}; other kinds of ModelOpt checkpoints are not read"
         )
-    warn_activations(where, f"(quant_algo {algorithm})")
+    if algorithm != "FP8_PB_WO":  # weights only
+        warn_activations(where, f"(quant_algo {algorithm})")
     return QuantizeConfig(scheme)
