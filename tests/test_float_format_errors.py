@@ -93,6 +93,20 @@ def test_values_that_are_not_finite_name_the_module(tmp_path, config, parts):
             checkpoint.load_linear(MODULE, "float32")
 
 
+def test_bias_that_is_not_finite(tmp_path):
+    parts = MX_PARTS | {"bias": np.full(40, np.nan, np.float16)}
+    fused = fused_mxfp4_parts(1, 3, 64, 24)
+    fused["bias"][1, 5] = np.inf
+    with open_checkpoint(write(tmp_path / "single", {MODULE: parts}, MXFP4)) as checkpoint:
+        with pytest.raises(ValueError, match=rf"module {MODULE}: bias has values that are not fin"):
+            checkpoint.load_expert_stack([MODULE])
+    stored = {"experts": {f"up_{part}": array for part, array in fused.items()}}
+    path = write(tmp_path / "fused", stored, {"quant_method": "mxfp4"})
+    with open_checkpoint(path) as checkpoint:
+        with pytest.raises(ValueError, match=r"module experts\.up: bias has values that are not"):
+            checkpoint.load_fused_stack("experts.up")
+
+
 def test_weights_past_float16(tmp_path):
     parts = MX_PARTS | {"weight_scale": np.full((40, 2), 150, np.uint8)}
     with open_checkpoint(write(tmp_path, {MODULE: parts}, MXFP4)) as checkpoint:

@@ -73,8 +73,7 @@ def load_dense_stack(
             info = modules[name]
             weight[e, :, start:stop] = cast(read_dense(info, read), chosen, f"{name}.weight")
             if bias is not None and "bias" in info.tensors:
-                stored = read(info.tensors["bias"].name)
-                bias[e, start:stop] = cast(stored, chosen, f"{name}.bias")
+                bias[e, start:stop] = _read_bias(info, read, chosen)
             on_module()
     return DenseExpertStack(jnp.asarray(weight), None if bias is None else jnp.asarray(bias))
 
@@ -96,9 +95,18 @@ def load_fused_stack(
         weight[e] = cast(one[:, order], chosen, f"{info.name}, expert {e},")
     bias = None
     if "bias" in info.tensors:
-        stored = read(info.tensors["bias"].name)
-        bias = jnp.asarray(cast(stored[:, order], chosen, f"{info.name} bias"))
+        bias = jnp.asarray(_read_bias(info, read, chosen)[:, order])
     return DenseExpertStack(jnp.asarray(weight), bias)
+
+
+def _read_bias(info: ModuleInfo, read: Read, dtype: DTypeLike) -> np.ndarray:
+    stored = read(info.tensors["bias"].name)
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"Checkpoint: module {info.name}: bias has values that are not finite; the checkpoint "
+            f"is damaged, download it again"
+        )
+    return cast(stored, dtype, info.tensors["bias"].name)
 
 
 def default_dtype(infos: Iterable[ModuleInfo]) -> DTypeLike:
