@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -187,6 +188,25 @@ WRONG = jm.DenseExpertStack(DOWN.weight, jnp.zeros((E, 3)))
 def test_bad_calls_of_moe_ffn(x, down, options, error, message):
     with pytest.raises(error, match=message):
         jm.moe_ffn(x, IDS, WEIGHTS, GATE_UP, down, **options)
+
+
+def test_inference_only():
+    with pytest.raises(NotImplementedError, match="Differentiation of a product"):
+        jax.grad(lambda x: jm.moe_ffn(x, IDS, WEIGHTS, GATE_UP, DOWN).sum())(X)
+    with pytest.raises(NotImplementedError, match="Differentiation of a product"):
+        jax.jvp(
+            lambda x: jm.ragged_dot(x, DOWN, [TOKENS, 0, 0, 0, 0]), (X[:, :INNER],), (X[:, :INNER],)
+        )
+
+
+def test_symbolic_number_of_tokens_and_lowering_for_cuda():
+    layer = jax.jit(lambda x, ids, weights: jm.moe_ffn(x, ids, weights, GATE_UP, DOWN))
+    (tokens,) = jax.export.symbolic_shape("tokens")
+    shapes = [((tokens, H), jnp.float32), ((tokens, 1), jnp.int32), ((tokens, 1), jnp.float32)]
+    exported = jax.export.export(layer)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    assert exported.out_avals[0].shape == (tokens, H)
+    text = layer.trace(X, IDS, WEIGHTS).lower(lowering_platforms=("cuda",)).as_text()
+    assert "jax_marlin_moe_matmul" not in text  # no kernel reads these weights
 
 
 def test_bad_calls_of_the_other_ops():
