@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from jax_marlin.act_order import fold_act_order
 from jax_marlin.backend import backend_info, scratch_bytes
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.gptq import load_gptq, load_gptq_stacked
 from jax_marlin.linear import MarlinLinear
 from jax_marlin.ops.matmul import matmul
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseExpertStack",
     "MarlinExpertStack",
     "MarlinLinear",
     "QuantSpec",

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from jax_marlin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jax_marlin.checkpoints.formats import FORMATS
 from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.quantize_config import ModuleQuantization
 from jax_marlin.checkpoints.shards import Shards
 
 _COUNTED = ("modules", "in experts", "packed", "dense")
@@ -60,6 +62,7 @@ def describe(path: str | os.PathLike, *, modules: bool = False) -> str:
 def _describe_checkpoint(checkpoint: Checkpoint, list_modules: bool) -> str:
     infos = list(checkpoint.modules.values())
     packed, dense = checkpoint.nbytes, checkpoint.nbytes_dense
+    unpacked = [info for info in infos if info.is_dequantized]
     lines = [
         f"checkpoint  {checkpoint.path}",
         f"format      {_format(checkpoint)}",
@@ -67,6 +70,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, list_modules: bool) -> str:
         f"experts     {_experts(infos)}",
         f"shards      {len(checkpoint.shards.paths)}",
         f"bytes       {_size(packed)} packed, {_size(dense)} dense (in bfloat16)",
+        *([_at_load(unpacked)] if unpacked else []),
         "",
     ]
     # one row for each way of storing a module
@@ -109,8 +113,11 @@ def _format(checkpoint: Checkpoint) -> str:
     config = checkpoint.quantization
     if config is None:
         return "dense (nothing is quantized)"
-    base = config.base
-    size = "K" if base.group_size == -1 else str(base.group_size)
+    if len(config.checkpoint_formats) > 1:
+        return f"each module one of {', '.join(config.checkpoint_formats)}"
+    base, size = config.base, _group_size(config.base)
+    if FORMATS[checkpoint.format].canonical is None:
+        return f"{checkpoint.format}, {base.bits} bit, group size {size}, dequantized at load"
     zeros = {True: "symmetric", False: "asymmetric", None: "zero points as stored"}[base.symmetric]
     order = ", act-order" if base.desc_act else ""
     count = len(config.dynamic)
@@ -124,6 +131,8 @@ def _experts(infos: Iterable[ModuleInfo]) -> str:
         match = _EXPERT.match(info.name)
         if match:
             experts[match["layer"]].add(int(match["expert"]))
+        elif len(info.shape) == 3:  # all experts in one module
+            experts[info.name.rpartition(".experts.")[0]].update(range(info.shape[0]))
     counts = sorted({len(found) for found in experts.values()})
     if not counts:
         return "none"
@@ -135,15 +144,31 @@ def _scheme(info: ModuleInfo) -> tuple[str, str, str, str]:
     """How a module is stored: kind, bits, group size, zero points."""
     if info.quantization is None:
         return info.kind, "-", "-", "-"
-    size = "K" if info.quantization.group_size == -1 else str(info.quantization.group_size)
     zeros = {True: "symmetric", False: "stored", None: "stored"}[info.quantization.symmetric]
-    return info.kind, str(info.quantization.bits), size, zeros
+    if info.is_dequantized:
+        zeros = "none"
+    return info.kind, str(info.quantization.bits), _group_size(info.quantization), zeros
+
+
+def _group_size(quantization: ModuleQuantization) -> str:
+    """Neighbours along K that share a scale; K x N where columns share it too."""
+    size = "K" if quantization.group_size == -1 else str(quantization.group_size)
+    if quantization.block_n == 1:
+        return size
+    return f"{size} x {'N' if quantization.block_n == -1 else quantization.block_n}"
+
+
+def _at_load(infos: Sequence[ModuleInfo]) -> str:
+    """What no kernel reads packed."""
+    size = _size(sum(info.nbytes_dense for info in infos))
+    verb = "module is" if len(infos) == 1 else "modules are"
+    return f"at load     {len(infos)} {verb} dequantized, to {size} in bfloat16"
 
 
 def _counts(infos: Sequence[ModuleInfo]) -> tuple[str, ...]:
     """The columns of `_COUNTED`."""
     packed, dense = (sum(getattr(i, name) for i in infos) for name in ("nbytes", "nbytes_dense"))
-    in_experts = sum(_EXPERT.match(info.name) is not None for info in infos)
+    in_experts = sum(_EXPERT.match(info.name) is not None or len(info.shape) == 3 for info in infos)
     return str(len(infos)), str(in_experts), _size(packed), _size(dense)
 
 

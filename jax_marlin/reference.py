@@ -4,6 +4,8 @@ Both functions take the operands of their primitive (absent optional operands ar
 and hold ONE dequantized expert at a time, so peak memory does not grow with experts or tokens.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,10 +44,10 @@ def dequantize_expert(
         float32[k, n], rows in packed (group) order.
     """
     tiles = slice(first_tile, first_tile + -(-n // layout.TILE))
-    codes = layout.unpack_tiles(_of_expert(qweight, expert)[tiles], bits)[:k, :n]
+    codes = layout.unpack_tiles(of_expert(qweight, expert)[tiles], bits)[:k, :n]
 
     def per_row(grouped):  # [n_tiles, G, 64] -> [k, n]
-        columns = layout.unpack_columns(_of_expert(grouped, expert)[tiles])[:, :n]
+        columns = layout.unpack_columns(of_expert(grouped, expert)[tiles])[:, :n]
         return jnp.repeat(columns.astype(jnp.float32), group_size, axis=0)[:k]
 
     zeros = per_row(zero_points) if zero_points.size else jnp.float32(2 ** (bits - 1))
@@ -73,7 +75,7 @@ def matmul(
         bits=bits, k=k, n=n, group_size=group_size, first_tile=first_tile,
     )  # fmt: skip
     first = first_tile * layout.TILE
-    row = bias if bias.ndim == 1 else _of_expert(bias, expert)[first : first + n]
+    row = bias if bias.ndim == 1 else of_expert(bias, expert)[first : first + n]
 
     def some_rows(x):
         out = _dot(x, weight)
@@ -98,6 +100,26 @@ def moe_matmul(
     qweight: jax.Array,
     scales: jax.Array,
     zero_points: jax.Array,
+    *operands: jax.Array,
+    bits: int,
+    k: int,
+    n: int,
+    group_size: int,
+    **params,
+) -> jax.Array:
+    """`routed_rows` of packed experts; the operands after zero_points and the rest are its own."""
+
+    def weight_of(expert):
+        return dequantize_expert(
+            qweight, scales, zero_points, expert, bits=bits, k=k, n=n, group_size=group_size
+        )
+
+    return routed_rows(x, weight_of, *operands, num_experts=qweight.shape[0], n=n, **params)
+
+
+def routed_rows(
+    x: jax.Array,
+    weight_of: Callable[[jax.Array], jax.Array],
     perm: jax.Array,
     bias: jax.Array,
     sorted_token_ids: jax.Array,
@@ -105,10 +127,8 @@ def moe_matmul(
     num_tokens_past_padded: jax.Array,
     topk_weights: jax.Array,
     *,
-    bits: int,
-    k: int,
+    num_experts: int,
     n: int,
-    group_size: int,
     moe_block_size: int,
     top_k: int,
     weights_before_bias: bool,
@@ -116,10 +136,10 @@ def moe_matmul(
 ) -> jax.Array:
     """Block b of `moe_block_size` slots uses expert `expert_ids[b]`; slot s reads `x[s // top_k]`.
 
-    Walks runs of blocks with one expert: each run dequantizes once. Returns `[T * top_k, n]`;
-    rows that no slot of a used block names are zero.
+    Walks runs of blocks with one expert, whose weight float32[k, n] `weight_of` gives once for each
+    run. Returns `[T * top_k, n]`; rows that no slot of a used block names are zero.
     """
-    num_experts, num_rows, num_blocks = qweight.shape[0], x.shape[0] * top_k, expert_ids.shape[0]
+    num_rows, num_blocks = x.shape[0] * top_k, expert_ids.shape[0]
     x, x_dtype = _as_words(x), x.dtype
     out = _as_words(jnp.zeros((num_rows, n), out_dtype))
     if out.size == 0 or num_blocks == 0:
@@ -130,9 +150,7 @@ def moe_matmul(
     def one_run(state):  # all blocks from `block` on that use the same expert
         block, _ = state
         expert = expert_ids[block]
-        weight = dequantize_expert(
-            qweight, scales, zero_points, expert, bits=bits, k=k, n=n, group_size=group_size
-        )
+        weight = weight_of(expert)
 
         def one_block(state):
             block, out = state
@@ -142,7 +160,7 @@ def moe_matmul(
             rows = x.at[slots // top_k].get(mode="clip")  # [moe_block_size, k]
             rows = _as_floats(rows, x_dtype)
             if perm.size:
-                rows = rows[:, _of_expert(perm, expert)]
+                rows = rows[:, of_expert(perm, expert)]
             y = _dot(rows, weight)
             row_weights = None
             if topk_weights.size:
@@ -150,7 +168,7 @@ def moe_matmul(
             if weights_before_bias and row_weights is not None:
                 y = y * row_weights
             if bias.size:
-                y = y + _of_expert(bias, expert).astype(jnp.float32)[None, :]
+                y = y + of_expert(bias, expert).astype(jnp.float32)[None, :]
             if not weights_before_bias and row_weights is not None:
                 y = y * row_weights
             # Padding slots are sent past the end, where the scatter drops them.
@@ -182,7 +200,7 @@ def _as_floats(words, dtype):
     return lax.bitcast_convert_type(words, dtype) if words.dtype != dtype else words
 
 
-def _of_expert(leaf, expert):
+def of_expert(leaf, expert):
     """`leaf[expert]` with the index clamped to the expert axis: never out of bounds."""
     return lax.dynamic_index_in_dim(leaf, jnp.clip(expert, 0, leaf.shape[0] - 1), 0, False)
 

@@ -17,7 +17,7 @@ PYTHON_STAGES = [
     {"quant_spec"},
     {"layout"},
     {"canonical"},
-    {"linear", "weights", "stack_builder", "host_arrays"},
+    {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference"},
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},

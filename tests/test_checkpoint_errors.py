@@ -132,11 +132,11 @@ def test_scales_of_two_dtypes_need_a_choice(tmp_path):
     assert checkpoint.load_expert_stack(names, jnp.float32).dtype == jnp.float32
 
 
-def test_experts_that_are_not_quantized(tmp_path):
+def test_experts_of_which_some_are_not_quantized(tmp_path):
     plain = {"weight": np.ones((96, 64), np.float16)}
     checkpoint, names = experts(tmp_path, linear(), plain)
     with pytest.raises(
-        NotImplementedError, match=r"1 modules are not quantized, .*experts\.1\.proj"
+        NotImplementedError, match=r"1 of 2 modules are not packed, .*experts\.1\.proj \(dense\)"
     ):
         checkpoint.load_expert_stack(names)
 

@@ -151,7 +151,7 @@ def test_dynamic_activations_warn_once_and_count_as_weight_only(tmp_path):
         warnings.simplefilter("always")
         w = load(path, "b.proj")
     assert len(caught) == 1
-    assert "activations are to be quantized as they come" in str(caught[0].message)
+    assert "activations are to be quantized (group_0: input_activations)" in str(caught[0].message)
     assert_exact(w, modules["b.proj"])
 
 

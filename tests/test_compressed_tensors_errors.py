@@ -14,13 +14,14 @@ STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "format is 'nvfp4-pack-quantized', and of compressed"),
-        ({"format": "mxfp4-pack-quantized"}, "format is 'mxfp4-pack-quantized'"),
-        ({"format": "float-quantized"}, "format is 'float-quantized'.*W4A16 or W8A16"),
+        ({"format": "int-quantized"}, "format is 'int-quantized', and of compressed"),
+        ({"format": "mxfp8-quantized"}, "format is 'mxfp8-quantized'.*W4A16 or W8A16"),
+        (group(format="naive-quantized"), "type is 'int', expected 'float' with format 'naive-q"),
         ({"transform_config": {"config_groups": {"u": 1}}}, "transform_config is {'config_groups'"),
         ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is {'format'"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}"),
-        (group(format="float-quantized"), "config_groups: group_0: format is 'float-quantized'"),
+        (group(format="int-quantized"), "config_groups: group_0: format is 'int-quantized'"),
+        (group(format="float-quantized"), "type is 'int', expected 'float' with format 'float-q"),
         (group(input_activations=STATIC), "input_activations: dynamic is False.*static"),
         (group(output_activations=STATIC), "output_activations: dynamic is False"),
         (group(input_activations={"dynamic": "local"}), "dynamic is 'local'"),

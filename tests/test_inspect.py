@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -12,6 +14,9 @@ from jax_marlin.checkpoints import shards
 from jax_marlin.inspect import describe, main
 
 QWEN = "qwen3moe-gptq-sym-g128"
+
+
+GOLDEN = Path(__file__).parent / "data" / "inspect"  # one file a checkpoint, all but the path
 
 
 def rows(text):
@@ -34,6 +39,13 @@ def test_real_checkpoint(find_checkpoint):
     assert gptq[:6] == ["gptq", "4", "128", "symmetric", "56", "48"]
     assert dense[:6] == ["dense", "-", "-", "-", "13", "0"]
     assert total[:3] == ["total", "69", "48"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("*.txt")))
+def test_output_of_every_checkpoint(find_checkpoint, name):
+    lines = describe(find_checkpoint(name)).splitlines()
+    assert lines[0].startswith("checkpoint  ") and lines[0].endswith(name)
+    assert lines[1:] == (GOLDEN / f"{name}.txt").read_text().splitlines()
 
 
 def test_mixed_widths_have_a_row_each(tmp_path):
@@ -92,10 +104,12 @@ def test_only_headers_are_read(tmp_path, monkeypatch):
     assert "bytes       48.00 GiB packed, 96.00 GiB dense (in bfloat16)" in text
 
 
-def test_other_formats_are_listed_by_dtype(find_checkpoint, capsys):
-    assert main([str(find_checkpoint("gptoss-mxfp4"))]) == 0
+def test_other_formats_are_listed_by_dtype(tmp_path, capsys):
+    parts = {"weight": np.zeros((3, 4), np.uint8), "absmax": np.ones(3, ml_dtypes.bfloat16)}
+    write(tmp_path, {"a.proj": parts}, {"quant_method": "bitsandbytes"})
+    assert main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"format +cannot be loaded: .*quant_method is 'mxfp4'", text)
+    assert re.search(r"format +cannot be loaded: .*quant_method is 'bitsandbytes'", text)
     table = rows(text)
     assert table[0] == ["dtype", "tensors", "bytes"]
     assert "BF16" in [row[0] for row in table]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_marlin import models
+from jax_marlin import DenseExpertStack, MarlinExpertStack, MarlinLinear, models
+from jax_marlin.checkpoints import open_checkpoint
 from jax_marlin.data import bundled_checkpoint
 from jax_marlin.models import layers
 from jax_marlin.models.config import DecoderConfig
@@ -84,6 +85,30 @@ def variant(directory: Path, changes: dict, edit) -> Path:
 
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def test_unquantized_experts_and_packed_ones_give_the_same(tmp_path):
+    def dequantize(tensors):
+        with open_checkpoint(bundled_checkpoint()) as checkpoint:
+            for name, info in checkpoint.modules.items():
+                if not info.is_packed or (not whole and ".experts." not in name):
+                    continue
+                weight = checkpoint.load_linear(name, "float32")
+                assert isinstance(weight, MarlinLinear)
+                for part in info.tensors:
+                    del tensors[f"{name}.{part}"]
+                tensors[f"{name}.weight"] = np.ascontiguousarray(weight.dequantize().T)
+
+    expected = models.load(bundled_checkpoint(), "float32")(IDS)
+    for whole, changes in [(False, {}), (True, {"quantization_config": None})]:
+        path = variant(tmp_path, changes, dequantize)
+        if whole:
+            (path / "quantize_config.json").unlink()
+        model = models.load(path, "float32")
+        mlp = model.layers[1].mlp
+        assert isinstance(mlp, SparseMlp) and isinstance(mlp.gate_up, DenseExpertStack)
+        np.testing.assert_allclose(model(IDS), expected, atol=1e-5)
+        shutil.rmtree(path)
 
 
 def test_tied_embeddings(tmp_path):
@@ -182,7 +207,8 @@ def test_gate_and_up_permuted_differently_stay_a_pair(tmp_path):
     assert isinstance(mlp.gate, layers.DenseLinear)
     gate, up = (np.asarray(half.dequantize(), np.float64) for half in mlp.gate_up)
     down, router = np.asarray(mlp.down.dequantize(), np.float64), np.asarray(mlp.gate.weight)
-    assert [half.perm is None for half in mlp.gate_up] == [True, False]
+    perms = [half.perm for half in mlp.gate_up if isinstance(half, MarlinExpertStack)]
+    assert [perm is None for perm in perms] == [True, False]
     x = np.random.default_rng(8).normal(size=(24, 256))
     expected = np.zeros_like(x)
     for row, out, logits in zip(x, expected, x @ router, strict=True):

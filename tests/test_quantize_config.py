@@ -82,11 +82,12 @@ def test_two_config_files_that_disagree(whole, changes, message):
         open_checkpoint(whole)
 
 
-def test_another_method_is_refused_by_name(find_checkpoint):
+def test_another_method_is_refused_by_name(whole):
+    write_json(whole / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
     with pytest.raises(
-        NotImplementedError, match="quant_method is 'mxfp4', and jax_marlin loads only gptq, awq"
+        NotImplementedError, match="quant_method is 'bitsandbytes', and jax_marlin loads only gptq"
     ):
-        open_checkpoint(find_checkpoint("gptoss-mxfp4"))
+        open_checkpoint(whole)
 
 
 def test_config_json_that_is_damaged(whole):

@@ -6,7 +6,6 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +13,25 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear
-from jax_marlin.checkpoints import expert_stack, json_file
+from jax_marlin.checkpoints import dense_experts, expert_stack, json_file
 from jax_marlin.checkpoints.config_files import read_quantize_config
 from jax_marlin.checkpoints.modules import ModuleInfo, find_modules
+from jax_marlin.checkpoints.progress import Progress, counter
 from jax_marlin.checkpoints.quantize_config import QuantizeConfig
-from jax_marlin.checkpoints.quantized_module import read_canonical
+from jax_marlin.checkpoints.quantized_module import read_canonical, read_dense
 from jax_marlin.checkpoints.safetensors_header import FLOATS
 from jax_marlin.checkpoints.shards import Shards
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.weights import MarlinExpertStack, MarlinLinear
 
 
-class Progress(Protocol):
-    """What a loader tells how far it is; `tqdm.tqdm(total=...)` is one."""
-
-    def update(self, n: int) -> object:
-        """`n` more modules are loaded."""
-
-
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Opens a GPTQ, AWQ, compressed-tensors or unquantized directory; reads headers, no weights.
+    """Opens a quantized or unquantized directory; reads headers, no weights.
 
     Which modules are quantized is seen from their tensors; the config says with what parameters. Of
-    compressed-tensors the two numbers of each `weight_shape` are read too.
+    compressed-tensors the two numbers of each `weight_shape` are read too. GPTQ, AWQ,
+    compressed-tensors (pack-quantized) and AutoRound weights stay packed; MXFP4, NVFP4 and FP8
+    weights are dequantized when they are loaded.
 
     Args:
         path: directory with config.json and .safetensors files, sharded (with an index) or not.
@@ -99,7 +95,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """What the config says: "gptq", "gptq_v2", "awq", "compressed-tensors", or "dense"."""
+        """What the config says: a key of `formats.FORMATS` such as "gptq", or "dense"."""
         return self.quantization.checkpoint_format if self.quantization else "dense"
 
     @property
@@ -135,44 +131,45 @@ class Checkpoint:
             raise ValueError(
                 f"Checkpoint.dense: tensor {name} is {info.dtype}, expected {' or '.join(FLOATS)}"
             )
-        return jnp.asarray(_cast(self.shards.read(name), dtype, name))
+        return jnp.asarray(dense_experts.cast(self.shards.read(name), dtype, name))
 
     def bias(self, module: str, dtype: DTypeLike | None = None) -> jax.Array | None:
-        """The bias [N] of a dense module, or None.
+        """The bias [N] of a module that `load_linear` gives as an array, or None.
 
-        The bias of a quantized module is part of what `load_linear` gives, so here it is None.
+        The bias of a packed module is part of what `load_linear` gives, so here it is None.
         """
         info = self._info(module, "bias")
-        if info.quantization is not None or "bias" not in info.tensors:
+        if info.is_packed or "bias" not in info.tensors:
             return None
         return self.dense(f"{module}.bias", dtype)
 
     def linear(self, module: str) -> CanonicalLinear | np.ndarray:
-        """One linear on the host: codes and scales if quantized, else its weight [K, N]."""
+        """One linear on the host: codes and scales if it stays packed, else its weight [K, N]."""
         info = self._info(module, "linear")
-        if info.kind == "dense":
-            return self.shards.read(f"{module}.weight").T
-        return read_canonical(info, self.shards.read)
+        if info.is_packed:
+            return read_canonical(info, self.shards.read)
+        return read_dense(info, self.shards.read)
 
     def load_linear(
         self, module: str, dtype: DTypeLike | None = None, *, progress: Progress | None = None
     ) -> MarlinLinear | jax.Array:
-        """Loads one linear: packed if quantized, else its weight [K, N].
+        """Loads one linear: packed if a kernel reads its format, else its weight [K, N].
 
         Args:
             module: its name, without `.qweight` or `.weight`.
-            dtype: compute dtype; None keeps that of the stored scales (or of the stored weight).
+            dtype: compute dtype; None keeps that of the stored scales (or of the stored weight),
+                and means bfloat16 for MXFP4, NVFP4 and FP8, which are dequantized.
             progress: told of the module when it is loaded.
 
         Raises:
             ValueError: there is no such linear, or its tensors are damaged; names the module.
         """
-        if self._info(module, "load_linear").kind == "dense":
-            weight = self.dense(f"{module}.weight", dtype).T
-            if progress is not None:
-                progress.update(1)
-            return weight
-        return self.load_expert_stack([(module,)], dtype, progress=progress)[0]
+        info = self._info(module, "load_linear")
+        if info.is_packed:
+            return self._load_packed([(module,)], dtype, progress)[0]
+        weight = dense_experts.load_weight(info, self.shards.read, dtype)
+        counter(progress)()
+        return weight
 
     def load_expert_stack(
         self,
@@ -180,7 +177,7 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         *,
         progress: Progress | None = None,
-    ) -> MarlinExpertStack:
+    ) -> MarlinExpertStack | DenseExpertStack:
         """Loads experts into one stack; peak host memory is the stack plus one expert.
 
         Args:
@@ -188,20 +185,50 @@ class Checkpoint:
             dtype: compute dtype; None keeps that of the scales, which then must have one dtype.
             progress: told of each expert's modules when they are loaded.
 
+        Returns:
+            A `MarlinExpertStack` of formats that kernels read; a `DenseExpertStack` of experts
+            that are not quantized, or that are dequantized here (MXFP4, NVFP4, FP8).
+
         Raises:
             ValueError: experts are missing, or differ in shape, bits, group size or (without
                 `dtype`) dtype, or modules to put side by side gather their inputs differently
                 (act-order): see `can_fuse`.
-            NotImplementedError: the experts are not quantized.
+            NotImplementedError: some of the experts are packed and some not.
         """
         names = [(expert,) if isinstance(expert, str) else tuple(expert) for expert in experts]
-        return expert_stack.load_expert_stack(
-            self.modules,
-            names,
-            lambda name: read_canonical(self.modules[name], self.shards.read),
-            dtype=dtype,
-            on_module=lambda: progress.update(1) if progress is not None else None,
+        where = "Checkpoint.load_expert_stack"
+        expert_stack.check_present(self.modules, names, where)
+        if expert_stack.all_packed(self.modules, names, where):
+            return self._load_packed(names, dtype, progress)
+        return dense_experts.load_dense_stack(
+            self.modules, names, self.shards.read, dtype=dtype, on_module=counter(progress)
         )
+
+    def load_fused_stack(
+        self,
+        module: str,
+        dtype: DTypeLike | None = None,
+        *,
+        columns: np.ndarray | None = None,
+        progress: Progress | None = None,
+    ) -> DenseExpertStack:
+        """Loads a module that holds all experts of a layer, as gpt-oss's do.
+
+        Peak host memory is the stack, the module as stored and one expert in float32.
+
+        Args:
+            module: its name, `model.layers.0.mlp.experts.gate_up_proj` say.
+            dtype: compute dtype; None means bfloat16.
+            columns: the order of the columns, ints below N; None leaves them as stored.
+            progress: told of the module when it is loaded.
+
+        Raises:
+            ValueError: there is no such module, it holds no experts, or its tensors are damaged.
+        """
+        info = self._info(module, "load_fused_stack")
+        stack = dense_experts.load_fused_stack(info, self.shards.read, dtype=dtype, columns=columns)
+        counter(progress)()
+        return stack
 
     def load_expert_stacks(
         self,
@@ -209,7 +236,7 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         *,
         progress: Progress | None = None,
-    ) -> tuple[MarlinExpertStack, ...]:
+    ) -> tuple[MarlinExpertStack | DenseExpertStack, ...]:
         """Like `load_expert_stack`, a stack for each position: `[(gate, up), ...]` gives two."""
         return tuple(
             self.load_expert_stack(column, dtype, progress=progress)
@@ -219,7 +246,8 @@ class Checkpoint:
     def can_fuse(self, experts: Sequence[Sequence[str]]) -> bool:
         """Whether each expert's modules can be put side by side.
 
-        True when they agree in K, bits, group size and act-order permutation; reads g_idx only.
+        True when they agree in K, bits, group size and act-order permutation (unpacked ones: in K);
+        reads g_idx only.
         """
         return expert_stack.can_fuse(self.modules, experts, self.shards.read)
 
@@ -243,6 +271,17 @@ class Checkpoint:
             f"Checkpoint({str(self.path)!r}, format={self.format!r}, modules={len(self.modules)})"
         )
 
+    def _load_packed(
+        self, names: Sequence[Sequence[str]], dtype: DTypeLike | None, progress: Progress | None
+    ) -> MarlinExpertStack:
+        return expert_stack.load_expert_stack(
+            self.modules,
+            names,
+            lambda name: read_canonical(self.modules[name], self.shards.read),
+            dtype=dtype,
+            on_module=counter(progress),
+        )
+
     def _info(self, module: str, function: str) -> ModuleInfo:
         if not self.has(module):
             raise ValueError(
@@ -250,16 +289,3 @@ class Checkpoint:
                 f"weight; Checkpoint.modules lists those it has"
             )
         return self.modules[module]
-
-
-def _cast(array: np.ndarray, dtype: DTypeLike | None, name: str) -> np.ndarray:
-    if dtype is None or array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    # float16 ends at 65504, which bfloat16 weights may pass
-    if cast.dtype == np.float16 and not np.isfinite(cast[np.isfinite(array)]).all():
-        raise ValueError(
-            f"Checkpoint: tensor {name} ({array.dtype}) overflows float16; load with dtype=bfloat16"
-        )
-    return cast

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 
+from jax_marlin.checkpoints.config_keys import warn_activations
+from jax_marlin.checkpoints.float_schemes import FLOAT_FORMATS, float_scheme
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization, QuantizeConfig, override
 
 FORMAT = "pack-quantized"
+_FORMATS = (FORMAT, *FLOAT_FORMATS)
 _REMEDY = "compress the model with llm-compressor as W4A16 or W8A16, format pack-quantized"
 # Each key with the values under which it changes nothing; None in place of them: any value.
 _TOP: dict[str, tuple | None] = {
@@ -29,9 +31,8 @@ _GROUP: dict[str, tuple | None] = {
 _WEIGHTS: dict[str, tuple | None] = {
     "num_bits": None, "symmetric": None, "strategy": None, "group_size": None, "actorder": None,
     "observer": None, "observer_kwargs": None, "scale_dtype": None, "zp_dtype": None,
-    "type": (None, "int"),
+    "type": None, "block_structure": None,
     "dynamic": (None, False),
-    "block_structure": (None,),
 }  # fmt: skip
 # "weight" and "static" order only the search; "group" and "dynamic" store a weight_g_idx
 _ACTORDER = {None: False, False: False, "weight": False, "static": False}
@@ -43,6 +44,11 @@ class CompressedTensorsConfig(QuantizeConfig):
     """Schemes by target; `base` is the first one, and no module has it for want of another."""
 
     groups: tuple[tuple[str, ModuleQuantization], ...] = ()  # (target, scheme)
+
+    @property
+    def checkpoint_formats(self) -> tuple[str, ...]:
+        """The formats of all schemes."""
+        return tuple(dict.fromkeys(scheme.checkpoint_format for _, scheme in self.groups))
 
     def for_module(self, module: str) -> ModuleQuantization:
         """The scheme of a packed module: by its name, else by regex, else by class.
@@ -84,35 +90,41 @@ def parse_compressed_tensors(raw: Mapping, where: str) -> QuantizeConfig:
     raw_groups = raw.get("config_groups")
     if not isinstance(raw_groups, Mapping) or not raw_groups:
         raise ValueError(f"{where}: config_groups is {raw_groups!r}, expected name -> group")
-    groups, dynamic = [], []
+    groups, activations = [], []
     for name, group in raw_groups.items():
         inside = f"{where}: config_groups: {name}"
         if not isinstance(group, Mapping):
             raise ValueError(f"{inside} is {group!r}, expected an object")
         _check_format(group.get("format"), inside, (None,))
         _check_keys(group, _GROUP, inside)
+        scheme = _scheme(
+            group.get("weights"), group.get("format") or raw.get("format"), f"{inside}: weights"
+        )
         for key in ("input_activations", "output_activations"):
-            if _is_dynamic(group.get(key), f"{inside}: {key}"):
-                dynamic.append(f"{name}: {key}")
-        scheme = _scheme(group.get("weights"), f"{inside}: weights")
+            if _are_quantized(group.get(key), scheme, f"{inside}: {key}"):
+                activations.append(f"{name}: {key}")
         for target in _strings(group.get("targets"), f"{inside}: targets"):
             _check_regex(target, f"{inside}: targets")
             groups.append((target, scheme))
     if not groups:
         raise ValueError(f"{where}: config_groups has no targets, expected one or more")
-    if dynamic:
-        warnings.warn(
-            f"{where}: activations are to be quantized as they come ({', '.join(dynamic)}); "
-            f"jax_marlin quantizes weights alone, so results are closer to the original model",
-            stacklevel=2,
-        )
+    if activations:
+        warn_activations(where, f"({', '.join(activations)})")
     return CompressedTensorsConfig(groups[0][1], (), tuple(groups))
 
 
-def _scheme(raw: object, where: str) -> ModuleQuantization:
+def _scheme(raw: object, stored: object, where: str) -> ModuleQuantization:
+    """The scheme of one group's `weights`, whose tensors have the format `stored`."""
     if not isinstance(raw, Mapping):
         raise NotImplementedError(f"{where} is {raw!r}, expected an object; {_REMEDY}")
     _check_keys(raw, _WEIGHTS, where)
+    if isinstance(stored, str) and stored in FLOAT_FORMATS:
+        return float_scheme(raw, stored, where)
+    _check_keys(
+        {key: raw[key] for key in ("type", "block_structure") if key in raw},
+        {"type": (None, "int"), "block_structure": (None,)},
+        where,
+    )
     group_size, strategy = raw.get("group_size"), raw.get("strategy")
     if strategy is None and group_size is not None:  # what its own reader concludes
         strategy = "channel" if group_size == -1 else "group"
@@ -138,12 +150,14 @@ def _scheme(raw: object, where: str) -> ModuleQuantization:
     return override(ModuleQuantization.start("compressed-tensors"), plain, where, required=True)
 
 
-def _is_dynamic(raw: object, where: str) -> bool:
-    """Whether activations are quantized as they come; raises where the scale is a stored one."""
+def _are_quantized(raw: object, scheme: ModuleQuantization, where: str) -> bool:
+    """Whether activations are; raises where their stored scale belongs to integer weights."""
     if raw is None:
         return False
-    if isinstance(raw, Mapping) and raw.get("dynamic") is True:
-        return True
+    if isinstance(raw, Mapping):
+        # Weights of floats mean the same without the activations' scales, stored or not.
+        if raw.get("dynamic") is True or scheme.checkpoint_format != "compressed-tensors":
+            return True
     got = raw.get("dynamic", False) if isinstance(raw, Mapping) else raw
     raise NotImplementedError(
         f"{where}: dynamic is {got!r}, expected true or no quantization of activations: static "
@@ -152,10 +166,10 @@ def _is_dynamic(raw: object, where: str) -> bool:
 
 
 def _check_format(value: object, where: str, others: tuple) -> None:
-    if value != FORMAT and value not in others:
+    if value not in _FORMATS and value not in others:
         raise NotImplementedError(
             f"{where}: format is {value!r}, and of compressed-tensors jax_marlin loads only "
-            f"{FORMAT!r}; {_REMEDY}"
+            f"{', '.join(_FORMATS)}; {_REMEDY}"
         )
 
 

@@ -10,8 +10,10 @@ from jax_marlin.checkpoints import json_file
 from jax_marlin.checkpoints.formats import parse_config
 from jax_marlin.checkpoints.quantize_config import QuantizeConfig
 
-# GPTQModel's and AutoGPTQ's, AutoRound's, AutoAWQ's
-_OTHER_FILES = ("quantize_config.json", "quantization_config.json", "quant_config.json")
+# GPTQModel's and AutoGPTQ's, AutoRound's, AutoAWQ's, ModelOpt's
+_OTHER_FILES = (
+    "quantize_config.json", "quantization_config.json", "quant_config.json", "hf_quant_config.json",
+)  # fmt: skip
 
 
 def read_quantize_config(directory: pathlib.Path, config: Mapping) -> QuantizeConfig | None:

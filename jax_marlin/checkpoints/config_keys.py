@@ -6,7 +6,8 @@ three lists is refused by name, since ignoring it could change the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 
 REMEDY = "export the model with GPTQModel as 4 or 8 bit, format gptq"
 
@@ -50,6 +51,25 @@ HARMLESS = frozenset(
     to_quant_block_names tokenizer true_sequential use_cuda_fp16 use_exllama v2 vram_strategy
     """.split()
 )
+
+
+def check_known(raw: Mapping, known: Collection[str], where: str) -> None:
+    """Raises for a key of `raw` that is not in `known`."""
+    for key, value in raw.items():
+        if key not in known:
+            raise ValueError(
+                f"{where}: unknown key {key!r} (value {value!r}), expected one of "
+                f"{', '.join(known)}; remove it if it changes nothing"
+            )
+
+
+def warn_activations(where: str, what: str) -> None:
+    """Warns that the config wants activations quantized, which the ops here never do."""
+    warnings.warn(
+        f"{where}: activations are to be quantized {what}; jax_marlin quantizes weights alone, "
+        f"so results are closer to the original model",
+        stacklevel=2,
+    )
 
 
 def check_keys(raw: Mapping, acted_on: frozenset[str], where: str) -> None:

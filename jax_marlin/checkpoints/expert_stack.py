@@ -42,7 +42,6 @@ def load_expert_stack(
     Raises:
         ValueError: experts are missing or differ from each other; names them.
     """
-    check_present(modules, experts, _WHERE)
     specs = _specs(modules, experts)
     spec = QuantSpec.create(
         bits=specs[0].bits,
@@ -87,7 +86,7 @@ def _stored_dtype(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[
 def check_present(
     modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], where: str
 ) -> None:
-    """Raises unless every module of every expert is there and quantized; names all that are not."""
+    """Raises unless every module of every expert is there; names all that are not."""
     if not experts or not all(experts):
         raise ValueError(
             f"{where}: experts is {experts!r}, expected at least one module for each expert"
@@ -103,13 +102,21 @@ def check_present(
             f"{where}: missing experts {list(missing)} of {len(experts)}, the first lacks {first}; "
             f"is the number of experts in config.json right, and are all shards there?"
         )
-    dense = [name for names in experts for name in names if modules[name].quantization is None]
-    if dense:
+
+
+def all_packed(
+    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], where: str
+) -> bool:
+    """True if every module stays packed, False if none does; raises for a mixture."""
+    names = [name for names in experts for name in names]
+    dense = [name for name in names if not modules[name].is_packed]
+    if dense and len(dense) < len(names):
         raise NotImplementedError(
-            f"{where}: {len(dense)} modules are not quantized, the first is {dense[0]}, expected "
-            f"quantized experts; read them with Checkpoint.dense and pack them with "
-            f"jax_marlin.quantize"
+            f"{where}: {len(dense)} of {len(names)} modules are not packed, the first is {dense[0]}"
+            f" ({modules[dense[0]].kind}), expected all or none; read those with Checkpoint.dense "
+            f"and pack them with jax_marlin.quantize"
         )
+    return not dense
 
 
 def can_fuse(
@@ -117,6 +124,11 @@ def can_fuse(
 ) -> bool:
     """Whether each expert's modules agree in K, bits, group size and g_idx; see `Checkpoint`."""
     check_present(modules, experts, "Checkpoint.can_fuse")
+    infos = [modules[name] for names in experts for name in names]
+    if not all(info.is_packed for info in infos):  # a dense weight has no permutation to differ in
+        return not any(info.is_packed for info in infos) and all(
+            len({modules[name].shape[0] for name in names}) == 1 for names in experts
+        )
     for names in experts:
         specs = [spec_of(modules[name]) for name in names]
         if any(_words(spec) != _words(specs[0]) for spec in specs):

@@ -24,6 +24,12 @@ class Layout:
     k: int
     n: int
     tensors: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    experts: int | None = None  # E where one module holds E weights [K, N]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(K, N), or (E, K, N)."""
+        return (*(() if self.experts is None else (self.experts,)), self.k, self.n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,11 @@ class Format:
             none).
         layout: (header entries by last part, quantization, read, where) -> `Layout`; it reads no
             tensor but one that states a shape.
-        canonical: (arrays by last part, quantization, (K, N), where) -> `CanonicalLinear`.
+        canonical: (arrays by last part, quantization, (K, N), where) -> `CanonicalLinear`; None
+            where no kernel reads the codes packed.
+        dequantize: (arrays of one weight by last part, quantization, where) -> float32 [K, N]; what
+            there is in place of `canonical`.
+        aliases: other last parts of names -> those used here.
     """
 
     kind: str
@@ -45,9 +55,35 @@ class Format:
     scales: str
     g_idx: str
     layout: Callable[[Mapping[str, TensorInfo], ModuleQuantization, Read, str], Layout]
-    canonical: Callable[
-        [Mapping[str, np.ndarray], ModuleQuantization, tuple[int, int], str], CanonicalLinear
-    ]
+    canonical: (
+        Callable[
+            [Mapping[str, np.ndarray], ModuleQuantization, tuple[int, int], str], CanonicalLinear
+        ]
+        | None
+    ) = None
+    dequantize: Callable[[Mapping[str, np.ndarray], ModuleQuantization, str], np.ndarray] | None = (
+        None
+    )
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def named(self, parts: Mapping[str, TensorInfo], where: str) -> dict[str, TensorInfo]:
+        """`parts` under this format's names."""
+        renamed = {self.aliases.get(part, part): info for part, info in parts.items()}
+        if len(renamed) < len(parts):
+            both = [part for part in parts if part in self.aliases]
+            raise ValueError(
+                f"{where} has {both[0]} and {self.aliases[both[0]]}, expected one of them; which "
+                f"is right? Export the checkpoint again"
+            )
+        return renamed
+
+
+def one_number(
+    parts: Mapping[str, TensorInfo], *names: str
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Entries of a `Layout` for tensors of one number each, stored as [1] or []."""
+    shapes = {name: parts[name].shape if name in parts else () for name in names}
+    return {name: (SCALES, shape if shape == () else (1,)) for name, shape in shapes.items()}
 
 
 def two_axes(info: TensorInfo, part: str, axes: str, where: str) -> tuple[int, int]:

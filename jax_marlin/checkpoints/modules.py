@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 
 from jax_marlin.checkpoints.formats import FORMATS
@@ -10,6 +12,8 @@ from jax_marlin.checkpoints.module_format import Read, check_layout
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization, QuantizeConfig
 from jax_marlin.checkpoints.safetensors_header import FLOATS, TensorInfo
 
+# gpt-oss: all experts' gate_up_proj are one module, though no dot separates it from its parts
+_FUSED = re.compile(r"(?P<module>.+)_(?P<part>blocks|scales|bias)")
 # Ends of names that other formats write; without their config they would pass for plain tensors.
 _FOREIGN = (
     "weight_packed weight_scale weight_scale_inv weight_scale_2 weight_shape weight_zero_point "
@@ -23,9 +27,11 @@ class ModuleInfo:
 
     Attributes:
         name: what the names have in common.
-        kind: "gptq", "awq" or "compressed-tensors" where quantized, "dense" (a float `weight`) or
-            "other" (anything else, e.g. attention sinks or a fused 3-D expert tensor).
-        shape: (K, N) of a linear, the stored shape of a 1-D weight, () for "other".
+        kind: "gptq", "awq" or "compressed-tensors" where the weight stays packed, "mxfp4", "nvfp4"
+            or "fp8" where it is dequantized at load, "dense" (a float `weight`) or "other"
+            (anything else, e.g. attention sinks or a fused 3-D tensor of floats).
+        shape: (K, N) of a linear, (E, K, N) of fused experts, the stored shape of a 1-D weight, ()
+            for "other".
         tensors: last part of the tensor's name -> its header entry.
         quantization: bits, group size and so on of a quantized module, else None.
     """
@@ -45,6 +51,17 @@ class ModuleInfo:
         return self.quantization.group_size if self.quantization else None
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the weight stays packed in memory."""
+        packed = self.quantization and FORMATS[self.quantization.checkpoint_format].canonical
+        return packed is not None
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether the weight is quantized in the file and not in memory."""
+        return self.quantization is not None and not self.is_packed
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -54,7 +71,7 @@ class ModuleInfo:
         """Bytes of the same module with all its floats (or dequantized weights) in bfloat16."""
         if self.quantization is not None:
             bias = self.tensors.get("bias")
-            return 2 * (self.shape[0] * self.shape[1] + (bias.size if bias else 0))
+            return 2 * (math.prod(self.shape) + (bias.size if bias else 0))
         return sum(t.size * 2 if t.dtype in FLOATS else t.nbytes for t in self.tensors.values())
 
 
@@ -63,8 +80,12 @@ def find_modules(
 ) -> dict[str, ModuleInfo]:
     """Groups tensors into modules, ordered by name; the presence of codes decides the kind."""
     groups: dict[str, dict[str, TensorInfo]] = {}
+    fused = config is not None and "mxfp4" in config.checkpoint_formats
     for name in sorted(tensors, key=_natural):
         module, _, part = name.rpartition(".")
+        match = _FUSED.fullmatch(name) if fused else None
+        if match and f"{match['module']}_blocks" in tensors:
+            module, part = match["module"], match["part"]
         groups.setdefault(module, {})[part] = tensors[name]
     return {name: _module(name, parts, config, read) for name, parts in groups.items()}
 
@@ -78,29 +99,38 @@ def _module(
     name: str, parts: dict[str, TensorInfo], config: QuantizeConfig | None, read: Read
 ) -> ModuleInfo:
     where = f"open_checkpoint: module {name}"
-    if config is not None and FORMATS[config.checkpoint_format].codes in parts:
+    formats = config.checkpoint_formats if config else ()
+    if config is not None and any(_has_codes(parts, FORMATS[f].codes) for f in formats):
         return _quantized(name, parts, config, read)
     if config is None and "qweight" in parts:
         raise ValueError(
             f"{where} has a qweight, but there is no quantization_config in config.json and no "
             f"quantize_config.json; add one that gives bits and group_size"
         )
+    weight = parts.get("weight")
     foreign = [part for part in parts if part in _FOREIGN or part.endswith("_blocks")]
+    if weight is not None and weight.dtype.startswith("F") and weight.dtype not in FLOATS:
+        foreign.append("weight")
     if foreign:
         raise NotImplementedError(
             f"open_checkpoint: tensor {parts[foreign[0]].name} is of a format that jax_marlin does "
             f"not load, or not of the one that the quantization config names, or a shard is "
-            f"missing; it loads GPTQ, AWQ (qweight) and compressed-tensors (weight_packed)"
+            f"missing; it loads GPTQ, AWQ (qweight), compressed-tensors (weight_packed) and, with "
+            f"a quantization config that names them, MXFP4, NVFP4 and FP8"
         )
     orphans = [part for part in ("qweight", "scales", "qzeros", "g_idx") if part in parts]
     if orphans:
         codes = FORMATS[config.checkpoint_format].codes if config else "qweight"
         raise ValueError(f"{where} has {' and '.join(orphans)} but no {codes}; is a shard missing?")
-    weight = parts.get("weight")
     if weight is None or weight.dtype not in FLOATS or len(weight.shape) > 2:
         return ModuleInfo(name, "other", (), parts)
     # A linear is stored [N, K], and everything here speaks of [K, N].
     return ModuleInfo(name, "dense", weight.shape[::-1], parts)
+
+
+def _has_codes(parts: Mapping[str, TensorInfo], codes: str) -> bool:
+    """Whether there are codes; a `weight` counts only where it is no plain float."""
+    return codes in parts and not (codes == "weight" and parts[codes].dtype in FLOATS)
 
 
 def _quantized(
@@ -110,8 +140,14 @@ def _quantized(
     quantization = config.for_module(name)
     module_format = FORMATS[quantization.checkpoint_format]
     codes, scales = module_format.codes, module_format.scales
+    if not _has_codes(parts, codes):
+        raise ValueError(
+            f"{where} has {', '.join(parts)} but no {codes}, expected one by the quantization "
+            f"config, {quantization.checkpoint_format}; is the config right?"
+        )
+    parts = module_format.named(parts, where)
     if scales not in parts:
         raise ValueError(f"{where} has a {codes} but no {scales}; is a shard missing?")
     layout = module_format.layout(parts, quantization, read, where)
     check_layout(layout, parts, quantization, codes, where)
-    return ModuleInfo(name, module_format.kind, (layout.k, layout.n), parts, quantization)
+    return ModuleInfo(name, module_format.kind, layout.shape, parts, quantization)

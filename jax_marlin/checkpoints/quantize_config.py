@@ -20,6 +20,7 @@ class ModuleQuantization:
     symmetric: bool | None  # None: not said, so zero points are taken as stored
     desc_act: bool
     checkpoint_format: str = "gptq"  # "gptq" stores zero points minus one, "gptq_v2" as they are
+    block_n: int = 1  # neighbours along N that share a scale; -1: all of N
 
     @classmethod
     def start(cls, checkpoint_format: str) -> ModuleQuantization:
@@ -49,6 +50,11 @@ class QuantizeConfig:
     def checkpoint_format(self) -> str:
         """The format of the tensors: a key of `formats.FORMATS`."""
         return self.base.checkpoint_format
+
+    @property
+    def checkpoint_formats(self) -> tuple[str, ...]:
+        """Formats that modules may have; more than one in a compressed-tensors checkpoint."""
+        return (self.checkpoint_format,)
 
     @classmethod
     def parse(cls, raw: Mapping, where: str) -> QuantizeConfig:

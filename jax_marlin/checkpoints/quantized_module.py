@@ -1,6 +1,8 @@
-"""One quantized module of a checkpoint, of whatever format, read into its canonical form."""
+"""One quantized module of a checkpoint, of whatever format: its canonical form, or its weight."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,9 +18,40 @@ from jax_marlin.quant_spec import QuantSpec
 def read_canonical(info: ModuleInfo, read: Read) -> CanonicalLinear:
     """Reads a quantized module; the tensors as stored are dropped once converted."""
     module_format, quantization = _format_of(info)
+    if module_format.canonical is None:
+        raise ValueError(
+            f"Checkpoint: module {info.name} is dequantized at load, expected one that stays packed"
+        )
     arrays = {part: read(tensor.name) for part, tensor in info.tensors.items()}
     shape = (info.shape[0], info.shape[1])
     return module_format.canonical(arrays, quantization, shape, f"Checkpoint: module {info.name}")
+
+
+def read_dense(info: ModuleInfo, read: Read) -> np.ndarray:
+    """The weight [K, N] of a dense module as stored, or of one dequantized at load in float32."""
+    if info.quantization is None:
+        return read(info.tensors["weight"].name).T
+    if len(info.shape) != 2:
+        raise ValueError(
+            f"Checkpoint: module {info.name} holds experts of shape {info.shape}, expected one "
+            f"linear (K, N); use load_fused_stack"
+        )
+    return next(dequantized_experts(info, read))
+
+
+def dequantized_experts(info: ModuleInfo, read: Read) -> Iterator[np.ndarray]:
+    """float32 [K, N] of each expert of a fused module, or of the one weight of another."""
+    module_format, quantization = _format_of(info)
+    if module_format.dequantize is None:
+        raise ValueError(f"Checkpoint: module {info.name} stays packed, expected a dequantized one")
+    arrays = {part: read(tensor.name) for part, tensor in info.tensors.items()}
+    where = f"Checkpoint: module {info.name}"
+    if len(info.shape) == 2:
+        yield module_format.dequantize(arrays, quantization, where)
+        return
+    for e in range(info.shape[0]):
+        one = {part: array[e] for part, array in arrays.items()}
+        yield module_format.dequantize(one, quantization, f"{where}, expert {e}")
 
 
 def spec_of(info: ModuleInfo) -> QuantSpec:

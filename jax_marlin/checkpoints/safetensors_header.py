@@ -13,6 +13,8 @@ import math
 import pathlib
 import struct
 
+import numpy as np
+
 from jax_marlin.checkpoints import json_file
 
 # Bits of one element, for every dtype that the safetensors format names.
@@ -73,6 +75,24 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     infos = {name: _tensor_info(name, entry, path) for name, entry in entries.items()}
     _check_coverage(infos, file_bytes - 8 - header_bytes, where)
     return infos
+
+
+def read_bytes(info: TensorInfo) -> np.ndarray:
+    """The data of one tensor as uint8 [nbytes]; its header was checked by `read_header`.
+
+    Raises:
+        ValueError: the file has become shorter.
+    """
+    with info.path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header_bytes + info.start)
+        data = np.fromfile(file, np.uint8, info.nbytes)
+    if data.size != info.nbytes:
+        raise ValueError(
+            f"Checkpoint: {info.path}: tensor {info.name} has {data.size} bytes, expected "
+            f"{info.nbytes}; the file was changed, open the checkpoint again"
+        )
+    return data
 
 
 def _tensor_info(name: str, entry: object, path: pathlib.Path) -> TensorInfo:

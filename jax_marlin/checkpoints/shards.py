@@ -6,13 +6,15 @@ import contextlib
 import pathlib
 import re
 
-import ml_dtypes  # noqa: F401  registers "bfloat16" with NumPy: without it safetensors cannot return BF16 arrays
+import ml_dtypes  # also registers "bfloat16": without it safetensors cannot return BF16 arrays
 import numpy as np
 import safetensors
 
 from jax_marlin.checkpoints import json_file
-from jax_marlin.checkpoints.safetensors_header import TensorInfo, read_header
+from jax_marlin.checkpoints.safetensors_header import TensorInfo, read_bytes, read_header
 
+# What safetensors finds no NumPy dtype for
+_SMALL_FLOATS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
 
 
@@ -50,6 +52,8 @@ class Shards:
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in its stored dtype (BF16 as `ml_dtypes.bfloat16`) and shape."""
         info = self.tensors[name]
+        if info.dtype in _SMALL_FLOATS:
+            return read_bytes(info).view(_SMALL_FLOATS[info.dtype]).reshape(info.shape)
         try:
             file = self._open_files.get(info.path)
             if file is None:

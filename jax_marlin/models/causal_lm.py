@@ -64,12 +64,13 @@ class CausalLM:
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A cache of zeros for `capacity` positions of `batch` sequences."""
         c = self.config
-        shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
 
-        def zeros() -> tuple[jax.Array, ...]:
+        def zeros(head_dim: int) -> tuple[jax.Array, ...]:
+            shape = (batch, capacity, c.num_key_value_heads, head_dim)
             return tuple(jnp.zeros(shape, self.dtype) for _ in self.layers)
 
-        return KVCache(keys=zeros(), values=zeros(), length=jnp.zeros((), jnp.int32))
+        keys, values = zeros(c.head_dim), zeros(c.value_head_dim)
+        return KVCache(keys, values, length=jnp.zeros((), jnp.int32))
 
     def extend(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads further tokens into the cache.

@@ -44,9 +44,18 @@ class DecoderConfig:
     max_position_embeddings: int
     sparse_layers: tuple[bool, ...]
 
+    @property
+    def value_head_dim(self) -> int:
+        """Features of a value head."""
+        return self.head_dim
+
 
 def decoder_fields(
-    config: Mapping[str, Any], *, rms_norm_eps: float = 1e-6, rope_theta: float = 10000.0
+    config: Mapping[str, Any],
+    *,
+    rms_norm_eps: float = 1e-6,
+    rope_theta: float = 10000.0,
+    yarn: bool = False,
 ) -> dict[str, Any]:
     """The fields of `DecoderConfig` that all families call by the same names.
 
@@ -54,6 +63,7 @@ def decoder_fields(
         config: the dictionary of a checkpoint's config.json.
         rms_norm_eps: the family's default, where the key is absent.
         rope_theta: the family's default, where neither generation's key is there.
+        yarn: the family also knows rope_type "yarn", whose parameters `read_yarn` checks.
 
     Raises:
         NotImplementedError: a scaled or partial rope, or an unknown activation.
@@ -74,7 +84,7 @@ def decoder_fields(
         "head_dim": config.get("head_dim") or size(config, "hidden_size") // heads,
         "hidden_act": _activation(config),
         "rms_norm_eps": float(config.get("rms_norm_eps", rms_norm_eps)),
-        "rope_theta": _rope_theta(config, rope_theta),
+        "rope_theta": _rope_theta(config, rope_theta, yarn),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": size(config, "max_position_embeddings"),
     }
@@ -121,13 +131,11 @@ def size(config: Mapping[str, Any], key: str) -> int:
 
 def num_experts(config: Mapping[str, Any]) -> int:
     """A key that transformers renamed; both names may stand there if they agree."""
-    keys = ("num_experts", "num_local_experts")
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
     values = [config[key] for key in keys if config.get(key) is not None]
-    if not values or values[0] != values[-1] or type(values[0]) is not int:
+    if not values or any(v != values[0] for v in values) or type(values[0]) is not int:
         got = {key: config.get(key) for key in keys}
-        raise ValueError(
-            f"models.load: config.json has {got}, expected one number under either name"
-        )
+        raise ValueError(f"models.load: config.json has {got}, expected one number under any name")
     return values[0]
 
 
@@ -152,15 +160,17 @@ def _activation(config: Mapping[str, Any]) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope_theta(config: Mapping[str, Any], default: float) -> float:
+def _rope_theta(config: Mapping[str, Any], default: float, yarn: bool) -> float:
     """Base of the rotary frequencies, from `rope_parameters`, or the older `rope_theta`."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if kind != "default" or partial != 1.0 or set(rope) - _PLAIN_ROPE_KEYS:
+    plain = kind == "default" and not set(rope) - _PLAIN_ROPE_KEYS
+    if partial != 1.0 or not (plain or (yarn and kind == "yarn")):
         raise NotImplementedError(
             f"models.load: config.json asks for rope parameters {rope} and partial_rotary_factor "
-            f"{partial}, expected rope_type 'default' over whole heads; no other is implemented"
+            f"{partial}, expected rope_type 'default'{' or yarn' * yarn} over whole heads; no "
+            "other is implemented"
         )
     old, new = config.get("rope_theta"), rope.get("rope_theta")
     if old is not None and new is not None and old != new:

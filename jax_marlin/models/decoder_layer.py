@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.models.config import DecoderConfig
-from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate
+from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate, updated
 from jax_marlin.ops.moe_ffn import ACTIVATIONS, moe_ffn
+from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.routing import route
-from jax_marlin.weights import MarlinExpertStack
 
 _static: dict[str, Any] = {"metadata": {"static": True}}
 
@@ -43,11 +43,17 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, c.rms_norm_eps)
             k = rms_norm(k, self.k_norm, c.rms_norm_eps)
-        q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-        if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-        return self.o_proj(attend(q, k, v, positions)), (k, v)
+        q, k = self.rotated(q, positions), self.rotated(k, positions)
+        k, v = updated(past, (k, v), start)
+        return self.o_proj(self.attended(q, k, v, positions)), (k, v)
+
+    def rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys `[batch, seq, heads, D]` turned to their positions."""
+        return rotate(x, positions, self.config.rope_theta)
+
+    def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+        """Values weighted, `[batch, seq, heads * D]`."""
+        return attend(q, k, v, positions)
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +62,8 @@ class SparseMlp:
     """A mixture of experts: the router's top_k experts of each token, weighted and summed."""
 
     gate: Linear  # [H, E], the router
-    gate_up: (
-        MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack]
-    )  # [E, H, 2 I], or a pair
-    down: MarlinExpertStack  # [E, I, H]
+    gate_up: ExpertStack | tuple[ExpertStack, ExpertStack]  # [E, H, 2 I], or a pair
+    down: ExpertStack  # [E, I, H]
     config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,6 +96,6 @@ class DecoderLayer:
     """Attention, then the MLP, each normalised before and added after."""
 
     input_layernorm: jax.Array  # [H]
-    self_attn: Attention
+    self_attn: Any  # an Attention, or a family's own that is called as one
     post_attention_layernorm: jax.Array  # [H]
     mlp: SparseMlp | DenseMlp

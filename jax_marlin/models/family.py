@@ -18,12 +18,14 @@ class Family:
         architecture: the name that must stand in config.json's `architectures`.
         read_config: config.json to a `DecoderConfig` or a class derived from it.
         read_layer: (reader, that configuration, index) to the layer.
+        unused: that configuration to the prefixes of tensors that the model does not run.
     """
 
     model_type: str
     architecture: str
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
     read_layer: Callable[[ModuleReader, Any, int], DecoderLayer]
+    unused: Callable[[Any], tuple[str, ...]] = lambda config: ()
 
 
 def read_decoder_layer(
@@ -33,15 +35,21 @@ def read_decoder_layer(
     read_mlp: Callable[[str], SparseMlp | DenseMlp],
     *,
     head_norms: bool = False,
+    read_attention: Callable[[str], Any] | None = None,
 ) -> DecoderLayer:
     """Layer i of the usual names; `read_mlp(prefix)` reads what follows attention.
 
     `head_norms`: queries and keys are normalised, by `q_norm` and `k_norm`.
+    `read_attention(prefix)` reads attention of a family's own kind.
     """
     prefix = f"model.layers.{i}"
+    if read_attention is None:
+        self_attn = read_plain_attention(reader, c, f"{prefix}.self_attn", head_norms)
+    else:
+        self_attn = read_attention(f"{prefix}.self_attn")
     return DecoderLayer(
         input_layernorm=reader.weight(f"{prefix}.input_layernorm", (c.hidden_size,)),
-        self_attn=_read_attention(reader, c, f"{prefix}.self_attn", head_norms),
+        self_attn=self_attn,
         post_attention_layernorm=reader.weight(
             f"{prefix}.post_attention_layernorm", (c.hidden_size,)
         ),
@@ -49,9 +57,10 @@ def read_decoder_layer(
     )
 
 
-def _read_attention(
-    reader: ModuleReader, c: DecoderConfig, prefix: str, head_norms: bool
+def read_plain_attention(
+    reader: ModuleReader, c: DecoderConfig, prefix: str, head_norms: bool = False
 ) -> Attention:
+    """The linears `q_proj`, `k_proj`, `v_proj`, `o_proj` and the norms of heads under `prefix`."""
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     return Attention(
         q_proj=reader.linear(f"{prefix}.q_proj", (c.hidden_size, queries), c.qkv_bias),

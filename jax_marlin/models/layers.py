@@ -50,7 +50,7 @@ class KVCache:
 
     Attributes:
         keys: for each layer `[batch, capacity, num_key_value_heads, head_dim]`, rotated.
-        values: the same shapes.
+        values: the same shapes; in DeepSeek's models another head_dim.
         length: int32 scalar, positions filled; those past it hold zeros.
     """
 
@@ -76,6 +76,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * _over_last_axis(weight, x.ndim)).astype(x.dtype)
 
 
+def updated(
+    past: tuple[jax.Array, jax.Array] | None, new: tuple[jax.Array, jax.Array], start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one layer's cache with new ones from `start` on; `new` without a cache."""
+    if past is None:
+        return new
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, added, start, axis=1)
+        for old, added in zip(past, new, strict=True)
+    )
+    return keys, values
+
+
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding over whole heads, halves paired (not neighbours).
 
@@ -89,26 +102,44 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
         theta^(-2i / head_dim)` radians, computed in float32.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [D / 2]
+    return turn(x, positions, theta ** (-jnp.arange(half, dtype=jnp.float32) / half))
+
+
+def turn(
+    x: jax.Array, positions: jax.Array, frequencies: jax.Array, factor: float = 1.0
+) -> jax.Array:
+    """`rotate` by `position * frequencies[i]` radians, cosines and sines times `factor`."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]  # [seq, D / 2]
-    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    cos, sin = (factor * f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """Causal grouped-query attention; scores and softmax in float32.
 
     Args:
         q: `[batch, seq, heads, head_dim]`.
         k: `[batch, S, kv_heads, head_dim]`; entry s is position s. Query head h reads head
             `h // (heads / kv_heads)`.
-        v: as k.
+        v: as k; its head_dim may be another.
         positions: int32 `[seq]`, the queries'; position p sees entries 0..p, whatever lies past it.
+        scale: of the scores; None is `head_dim**-0.5`.
+        window: position p sees only the entries p - window + 1..p; None: all.
+        sinks: `[heads]`, a further score in each head's softmax, whose weight goes nowhere.
 
     Returns:
-        `[batch, seq, heads * head_dim]`, q's dtype.
+        `[batch, seq, heads * v's head_dim]`, q's dtype.
     """
     batch, seq, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -116,9 +147,17 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     scores = jnp.einsum(
         "bqhgd,bkhd->bhgqk", q, k, precision=exact(q.dtype), preferred_element_type=jnp.float32
     )
-    visible = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :] <= positions[:, None]  # [seq, S]
-    scores = jnp.where(visible[None, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    entries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
+    visible = entries <= positions[:, None]  # [seq, S]
+    if window is not None:
+        visible &= entries > positions[:, None] - window
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     out = jnp.einsum(
         "bhgqk,bkhd->bqhgd",
         weights,
@@ -126,7 +165,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
         precision=exact(q.dtype),
         preferred_element_type=jnp.float32,
     )
-    return out.reshape(batch, seq, heads * head_dim).astype(q.dtype)
+    return out.reshape(batch, seq, heads * v.shape[-1]).astype(q.dtype)
 
 
 def _over_last_axis(vector: jax.Array, ndim: int) -> jax.Array:

@@ -8,26 +8,38 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.checkpoints import open_checkpoint
-from jax_marlin.models import mixtral, qwen2_moe, qwen3_moe
+from jax_marlin.models import deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.family import Family
 from jax_marlin.models.module_reader import ModuleReader
 
-_FAMILIES = {f.model_type: f for f in (mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY)}
+_FAMILIES = {
+    family.model_type: family
+    for family in (
+        mixtral.FAMILY,
+        qwen2_moe.FAMILY,
+        qwen3_moe.FAMILY,
+        deepseek_v3.FAMILY,
+        deepseek_v3.KIMI_K2,
+        gpt_oss.FAMILY,
+    )
+}
 
 
 def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None) -> CausalLM:
     """Loads a checkpoint directory as a model on the default device.
 
-    Quantized modules stay packed; whether a module is quantized is read from its tensors, so
-    attention and lm_head may be either. Both generations of config keys are read (`num_experts` or
-    `num_local_experts`, `rope_theta` or `rope_parameters`). Peak host memory is the packed model
-    plus one expert.
+    Modules in formats that kernels read (GPTQ, AWQ, compressed-tensors' pack-quantized) stay
+    packed; MXFP4, NVFP4 and FP8 are dequantized to `dtype`, experts into a `DenseExpertStack`.
+    Whether a module is quantized is read from its tensors, so attention, experts and lm_head may
+    be either. Both generations of config keys are read (`num_experts` or `num_local_experts`,
+    `rope_theta` or `rope_parameters`). Peak host memory is the loaded model plus one expert, for
+    gpt-oss plus the stored experts of one layer.
 
     Args:
-        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE or Qwen3-MoE
-            model whose experts are GPTQ-quantized.
+        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE, Qwen3-MoE,
+            DeepSeek-V3 (R1, Kimi-K2) or gpt-oss model.
         dtype: compute dtype: float16 or bfloat16 (CUDA kernels), or float32 (plain JAX anywhere).
             None: the dtype that config.json names.
 
@@ -36,7 +48,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
 
     Raises:
         NotImplementedError: an architecture, or a setting of config.json that changes the result,
-            that is not implemented: a sliding window, a scaled rope, an unknown activation.
+            that is not implemented: a sliding window or a scaled rope where the family has none,
+            an unknown activation.
         ValueError: tensors are missing, malformed, or unknown to the architecture; keys of
             config.json are missing or contradict each other.
 
@@ -69,6 +82,8 @@ def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> Causa
     embed = reader.weight("model.embed_tokens", (c.vocab_size, c.hidden_size))
     layers = tuple(family.read_layer(reader, c, i) for i in range(len(c.sparse_layers)))
     norm = reader.weight("model.norm", (c.hidden_size,))
+    for prefix in family.unused(c):
+        reader.skip(prefix)
     lm_head = None
     if c.tie_word_embeddings:
         reader.mark_read("lm_head")  # some writers repeat the embedding here

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jax_marlin.act_order import fold_act_order
 from jax_marlin.checkpoints import Checkpoint
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.linear import MarlinLinear
 from jax_marlin.models.layers import DenseLinear, Linear
+from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.weights import MarlinExpertStack
 
 
@@ -39,20 +43,45 @@ class ModuleReader:
 
     def weight(self, module: str, shape: tuple[int, ...]) -> jax.Array:
         """The `weight` of a norm or an embedding."""
-        weight = self._checkpoint.dense(f"{module}.weight", self._dtype)
+        return self.parameter(module, "weight", shape)
+
+    def parameter(
+        self, module: str, part: str, shape: tuple[int, ...], dtype: DTypeLike | None = None
+    ) -> jax.Array:
+        """The tensor `{module}.{part}`, in the compute dtype or another."""
+        array = self._checkpoint.dense(f"{module}.{part}", dtype or self._dtype)
         self._modules_read.add(module)
-        self._check_shape(module, weight.shape, shape)
-        return weight
+        self._check_shape(module if part == "weight" else f"{module}.{part}", array.shape, shape)
+        return array
+
+    def fused_experts(
+        self, module: str, shape: tuple[int, int, int], columns: np.ndarray | None = None
+    ) -> DenseExpertStack:
+        """The stack [E, K, N] of a module that holds all experts, with their biases.
+
+        `columns` is the order in which the stored columns are wanted.
+        """
+        info = self._checkpoint.modules.get(module)
+        if info is None:
+            raise ValueError(
+                f"models.load: no module {module}, expected all experts in {module}_blocks and "
+                f"_scales (MXFP4), the one form in which this model's experts load"
+            )
+        self._check_shape(module, info.shape, shape)
+        stack = self._checkpoint.load_fused_stack(module, self._dtype, columns=columns)
+        self._modules_read.add(module)
+        if stack.bias is None:
+            raise ValueError(
+                f"models.load: {module} has no bias, expected one by the model's config.json"
+            )
+        return stack
 
     def experts(
         self,
         prefix: str,
         names: tuple[str, str, str],
         shape: tuple[int, int, int],
-    ) -> tuple[
-        MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack],
-        MarlinExpertStack,
-    ]:
+    ) -> tuple[ExpertStack | tuple[ExpertStack, ExpertStack], ExpertStack]:
         """The stacks gate|up (a pair where they gather their inputs differently) and down.
 
         Args:
@@ -74,20 +103,32 @@ class ModuleReader:
             width = inner if isinstance(gate_up, tuple) else 2 * inner
             self._check_shape(f"{prefix} gate and up", part.shape, (num_experts, outer, width))
         self._check_shape(f"{prefix} down", down.shape, (num_experts, inner, outer))
+        stacks = (*(gate_up if isinstance(gate_up, tuple) else (gate_up,)), down)
+        packed = [stack for stack in stacks if isinstance(stack, MarlinExpertStack)]
+        if len(packed) < len(stacks):
+            return gate_up, down
         # gate_up writes its columns in down's row order: only gate_up's input is gathered.
-        return fold_act_order(gate_up, down)
+        if len(packed) == 3:
+            return fold_act_order((packed[0], packed[1]), packed[2])
+        return fold_act_order(packed[0], packed[1])
 
     def mark_read(self, *modules: str) -> None:
         """Accounts for modules whose tensors the model does not need."""
         self._modules_read.update(modules)
 
+    def skip(self, prefix: str) -> None:
+        """Accounts for all modules whose names begin so."""
+        names = self._checkpoint.modules
+        self._modules_read.update(name for name in names if name.startswith(prefix))
+
     def unread(self) -> Sequence[str]:
         """Names of the tensors that belong to no module read so far."""
         return sorted(
-            name
-            for name in self._names
-            if name.rpartition(".")[0] not in self._modules_read
-            and not name.endswith("rotary_emb.inv_freq")  # follows from rope_theta
+            tensor.name
+            for module, info in self._checkpoint.modules.items()
+            if module not in self._modules_read
+            for tensor in info.tensors.values()
+            if not tensor.name.endswith("rotary_emb.inv_freq")  # follows from rope_theta
         )
 
     def _check_shape(self, module: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:

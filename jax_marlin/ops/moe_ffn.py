@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks
+from jax_marlin.ops.composition import composed_layer
+from jax_marlin.ops.dense_experts import check_dense
 from jax_marlin.ops.moe_align_block_size import (
     align_routed_rows,
     as_expert_ids,
     select_moe_block_size,
 )
-from jax_marlin.ops.moe_matmul import Routing, routed_matmul
+from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
 from jax_marlin.weights import MarlinExpertStack
 
 _WHERE = "moe_ffn"
@@ -38,8 +41,8 @@ def moe_ffn(
     x: ArrayLike,
     topk_ids: checks.Integers,
     topk_weights: ArrayLike,
-    gate_up: MarlinExpertStack | tuple[MarlinExpertStack, MarlinExpertStack],
-    down: MarlinExpertStack,
+    gate_up: ExpertStack | tuple[ExpertStack, ExpertStack],
+    down: ExpertStack,
     *,
     activation: str = "silu",
     weights_on_input: bool = False,
@@ -57,7 +60,7 @@ def moe_ffn(
         topk_weights: `[..., top_k]` floating point.
         gate_up: a stack `[E, H, 2I]`, columns first all of gate, then all of up; or the pair
             (gate, up) of stacks `[E, H, I]`, for act-order experts whose gate and up are permuted
-            differently.
+            differently. Any stack may be a `DenseExpertStack`, which runs in plain JAX.
         down: a stack `[E, I, N]`; N is H in every model.
         activation: "silu" (SwiGLU), "gelu" (exact, erf; torch's "gelu"), "gelu_tanh" (torch's
             "gelu_pytorch_tanh", the default of `jax.nn.gelu`), or gpt-oss's "swiglu_clamped":
@@ -91,13 +94,18 @@ def moe_ffn(
             f"{_WHERE}: activation is {activation!r}, expected one of {sorted(ACTIVATIONS)}"
         )
     halves = tuple(gate_up) if isinstance(gate_up, tuple | list) else (gate_up,)
-    _check_stacks(halves, down)
+    _check_stacks(halves, down, implementation)
     x = checks.check_x(x, halves[0].k, halves[0].dtype, _WHERE)
     checks.check_implementation(implementation, x.dtype, _WHERE)
     ids, weights = _checked_routes(x.shape[:-1], topk_ids, topk_weights, down.num_experts)
 
     @jax.custom_batching.custom_vmap
     def layer(x, ids, weights, halves, down):
+        if any(isinstance(stack, DenseExpertStack) for stack in (*halves, down)):
+            activate = ACTIVATIONS[activation]
+            return composed_layer(
+                x, ids, weights, halves, down, activate, weights_on_input, implementation, _WHERE
+            )
         return _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation)
 
     @layer.def_vmap
@@ -173,14 +181,16 @@ def _one_by_one(layer, in_batched, *args):
     return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
 
 
-def _check_stacks(halves: tuple, down: MarlinExpertStack) -> None:
+def _check_stacks(halves: tuple, down: ExpertStack, implementation: str | None) -> None:
     names = {1: ("gate_up",), 2: ("gate", "up")}.get(len(halves))
     if names is None:
         raise ValueError(
             f"{_WHERE}: gate_up holds {len(halves)} stacks, expected one or the pair (gate, up)"
         )
     for name, stack in zip((*names, "down"), (*halves, down), strict=True):
-        if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+        if isinstance(stack, DenseExpertStack):
+            check_dense(stack, _WHERE, implementation)
+        elif not isinstance(stack, MarlinExpertStack) or stack.is_single:
             raise TypeError(
                 f"{_WHERE}: {name} is {type(stack).__name__}, expected a MarlinExpertStack with an"
                 " expert axis (see jm.load_gptq_stacked)"

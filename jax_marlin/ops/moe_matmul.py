@@ -1,7 +1,7 @@
 """moe_matmul: rows routed to experts times an expert stack, in one launch."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import reference
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
@@ -23,6 +25,7 @@ from jax_marlin.ops.primitive import (
 )
 from jax_marlin.weights import MarlinExpertStack
 
+ExpertStack: TypeAlias = MarlinExpertStack | DenseExpertStack
 TARGET = "jax_marlin_moe_matmul_v1"
 
 
@@ -40,7 +43,7 @@ class Routing(NamedTuple):
 
 def moe_matmul(
     x: ArrayLike,
-    stack: MarlinExpertStack,
+    stack: ExpertStack,
     sorted_token_ids: checks.Integers,
     expert_ids: checks.Integers,
     num_tokens_past_padded: checks.Integers,
@@ -53,7 +56,7 @@ def moe_matmul(
 
     Args:
         x: float[T, K] of the stack's dtype.
-        stack: E experts of shape (K, N).
+        stack: E experts of shape (K, N), packed or a `DenseExpertStack`.
         sorted_token_ids: int32[L]; slot id s reads `x[s // top_k]` and writes row s of the result;
             ids outside [0, T * top_k) are padding.
         expert_ids: int32[B]; expert of each block of `moe_block_size` slots. -1 skips the block;
@@ -86,7 +89,7 @@ def moe_matmul(
 
 def routed_matmul(
     x: ArrayLike,
-    stack: MarlinExpertStack,
+    stack: ExpertStack,
     routing: Routing,
     *,
     moe_block_size: checks.StaticInt,
@@ -111,17 +114,26 @@ def routed_matmul(
     Returns:
         float[T * top_k, N].
     """
-    if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+    if not isinstance(stack, MarlinExpertStack | DenseExpertStack) or stack.is_single:
         raise TypeError(f"{where}: stack is {stack!r}, expected a MarlinExpertStack of experts")
-    checks.check_leaves(stack, where)
-    spec = stack.spec
-    x = checks.check_x(x, spec.k, stack.dtype, where, rank=2)
+    if isinstance(stack, DenseExpertStack):
+        check_dense(stack, where, implementation)
+    else:
+        checks.check_leaves(stack, where)
+    x = checks.check_x(x, stack.k, stack.dtype, where, rank=2)
     checks.check_implementation(implementation, x.dtype, where)
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
     top_k = checks.check_positive(top_k, "top_k", where)
     slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
-    perm = stack.perm
+    row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
+    if isinstance(stack, DenseExpertStack):
+        return dense_moe_matmul(
+            x, stack, slots, expert_ids, used, row_weights,
+            moe_block_size=moe_block_size, top_k=top_k,
+            weights_before_bias=bool(weights_before_bias), out_dtype=written,
+        ).astype(wanted)  # fmt: skip
+    spec, perm = stack.spec, stack.perm
     if perm is not None and spec.shared_perm:
         # One gather of x for all experts, and none for each routed row.
         x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
@@ -135,7 +147,7 @@ def routed_matmul(
         slots,
         expert_ids,
         used,
-        _flat_weights(topk_weights, x.shape[0], top_k, where),
+        row_weights,
         bits=spec.bits,
         k=spec.k,
         n=spec.n,

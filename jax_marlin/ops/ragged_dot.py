@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks
+from jax_marlin.ops.dense_experts import check_dense
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
-from jax_marlin.ops.moe_matmul import Routing, routed_matmul
-from jax_marlin.weights import MarlinExpertStack
+from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
 
 _WHERE = "ragged_dot"
 
 
 def ragged_dot(
     x: ArrayLike,
-    stack: MarlinExpertStack,
+    stack: ExpertStack,
     group_sizes: checks.Integers,
     *,
     precision: jax.lax.PrecisionLike = None,
@@ -31,7 +32,7 @@ def ragged_dot(
 
     Args:
         x: `[M, K]` of the stack's dtype.
-        stack: E packed experts `[K, N]`.
+        stack: E packed experts `[K, N]`, or a `DenseExpertStack`.
         group_sizes: `[E]` integers; with a `group_offset`, `[G]` for any G.
         precision: None, a name or a `jax.lax.Precision` (or a pair), as `jax.lax.dot` takes it.
             It is checked and changes nothing: accumulation is always float32.
@@ -63,12 +64,14 @@ def ragged_dot(
             f"{_WHERE}: preferred_element_type is {jnp.dtype(preferred_element_type)}, expected a"
             " floating-point dtype"
         )
-    if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+    if not isinstance(stack, ExpertStack) or stack.is_single:
         raise TypeError(
             f"{_WHERE}: stack is {type(stack).__name__}, expected a MarlinExpertStack with an"
             " expert axis (see jm.load_gptq_stacked)"
         )
     x = checks.check_x(x, stack.k, stack.dtype, _WHERE, rank=2)
+    if isinstance(stack, DenseExpertStack):
+        check_dense(stack, _WHERE, implementation)
     checks.check_implementation(implementation, x.dtype, _WHERE)
     num_rows, num_experts = x.shape[0], stack.num_experts
     sizes = _checked_sizes(group_sizes, num_rows, None if group_offset is not None else num_experts)

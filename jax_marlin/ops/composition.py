@@ -1,0 +1,64 @@
+"""A mixture-of-experts layer composed of single ops: for `moe_ffn` on unquantized experts."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
+from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
+
+
+def composed_layer(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    halves: Sequence[ExpertStack],
+    down: ExpertStack,
+    activate: Callable[[jax.Array, jax.Array], jax.Array],
+    weights_on_input: bool,
+    implementation: str | None,
+    where: str,
+) -> jax.Array:
+    """`moe_ffn` after its checks; any of the stacks may be packed, any dense.
+
+    Args:
+        x: `[T, H]`.
+        ids: int32 `[T, top_k]`; those outside the experts contribute nothing.
+        weights: float32 `[T, top_k]`.
+        halves: gate|up, or gate and up.
+        down: `[E, I, N]`.
+        activate: (gate, up) float32 `[R, I]` -> float32 `[R, I]`.
+        weights_on_input: weigh gate_up's input in place of down's output.
+        implementation: None or "xla", for what is packed and for the alignment.
+        where: public op that error messages name.
+
+    Returns:
+        `[T, N]`, x's dtype.
+    """
+    num_experts, (num_tokens, top_k) = down.num_experts, ids.shape
+    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
+    routing = Routing(
+        *align_routed_rows(ids, moe_block_size, num_experts, implementation=implementation)
+    )
+    row_weights = weights.reshape(-1)
+
+    def product(rows, stack, top_k, row_weights, weights_before_bias=False):
+        return routed_matmul(
+            rows, stack, routing,
+            moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
+            weights_before_bias=weights_before_bias, preferred_element_type=jnp.float32,
+            implementation=implementation, where=where,
+        )  # fmt: skip
+
+    # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
+    first, last = (row_weights, None) if weights_on_input else (None, row_weights)
+    products = [product(x, half, top_k, first, weights_on_input) for half in halves]
+    gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)  # [R, I]
+    out = product(activate(gate, up).astype(x.dtype), down, 1, last)  # float32 [R, N]
+    # Rows of dropped ids are zero. The order of the slots fixes the rounding.
+    out = out.reshape(num_tokens, top_k, out.shape[-1])
+    total = jnp.zeros((num_tokens, out.shape[-1]), jnp.float32)
+    for slot in range(top_k):
+        total += out[:, slot]
+    return total.astype(x.dtype)
