@@ -14,9 +14,11 @@ import problems
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+import jax_marlin as jm
 from jax_marlin.ops import ffi_targets
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size
+from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.ops.moe_matmul import Routing, routed_matmul
 
 
@@ -113,6 +115,44 @@ def test_moe_matmul(extension):
     assert results[0] == "14x200xf32" and results[1].endswith("xui8")
     assert results[2] == "14x96xf16"  # room to gather each routed row by its expert's order
     custom_call(text, "jax_marlin_moe_align_block_size_v1")
+
+
+def layer_stacks(intermediate=96, **changes):
+    """gate_up [3, 96, 2I] and down [3, I, 200]."""
+    size = {"m": 7, "group_size": 32} | changes
+    gate_up = problems.build(problems.Problem("gate_up", k=96, n=2 * intermediate, **size))
+    down = problems.build(problems.Problem("down", k=intermediate, n=200, **size))
+    return jnp.asarray(gate_up.x), gate_up.stack(), down.stack()
+
+
+def run_layer(x, gate_up, down, **options):
+    return moe_ffn(x, jnp.asarray(IDS[: len(x)]), jnp.asarray(WEIGHTS[: len(x)]), gate_up, down)
+
+
+def test_moe_ffn_is_one_call(extension):
+    text = lowered(run_layer, *layer_stacks(zeros="v1", bias=True, g_idx="per_expert"))
+    attributes, operands, results = custom_call(text, "jax_marlin_moe_ffn_v1")
+    assert text.count("stablehlo.custom_call") == 1
+    assert attributes == {
+        "gate_up_bits": 4, "gate_up_group_size": 32, "down_bits": 4, "down_group_size": 32,
+        "k": 96, "intermediate": 96, "moe_block_size": 8, "activation": 1, "weights_on_input": 0,
+    }  # fmt: skip
+    assert operands[:3] == ["7x96xf16", "7x2xi32", "7x2xf32"]
+    assert operands[3:8] == [
+        "3x3x2x512xui32", "3x3x3x64xf16", "3x3x3x64xf16", "3x96xi32", "3x192xf16"
+    ]  # fmt: skip
+    assert results[:5] == ["7x200xf16", "14x96xf16", "14x200xf32", "14x96xf16", "14x96xf16"]
+    assert results[7] == "1xi32" and results[8].endswith("xui8") and len(results) == 9
+
+
+def test_layers_that_one_call_cannot_take_are_composed(extension):
+    x, gate_up, down = layer_stacks()
+    odd = layer_stacks(intermediate=72, group_size=-1)
+    pair = [s.dequantize()[:, :, :96] for s in (gate_up, gate_up)]
+    gate, up = (jm.quantize(np.asarray(w), group_size=32, dtype=jnp.float16) for w in pair)
+    for arguments in (odd, (x, (gate, up), down)):
+        text = lowered(run_layer, *arguments)
+        assert "jax_marlin_moe_ffn_v1" not in text and "jax_marlin_moe_matmul_v1" in text
 
 
 def test_shared_permutation_needs_no_gathered_rows(extension):

@@ -88,6 +88,17 @@ LAYERS = {
     "no_tokens": {"m": 0},
     "skipped_slots_and_tokens": {"m": 23, "routing": "skips", "bias": True},
     "nobody": {"routing": "nobody"},
+    # I a multiple of 16: on CUDA one call, with tables for many routes and without for few.
+    "one_call_act_order_bias": {"g_idx": "per_expert", "zeros": "v1", "intermediate": 96, "m": 33},
+    "one_call_shared_act_order": {"g_idx": "shared", "intermediate": 64, "bias": True, "m": 33},
+    "one_call_8bit": {"bits": 8, "intermediate": 80, "bias": True, "m": 21},
+    "one_call_half_a_pair_of_tiles": {"intermediate": 48, "dtype": "bfloat16", "n": 200, "m": 70},
+    "one_call_odd_columns": {"intermediate": 32, "n": 67, "m": 12},
+    "one_call_without_tables": {"intermediate": 96, "m": 1, "num_experts": 16, "zeros": "v2"},
+    "one_call_few_routes": {"intermediate": 96, "m": 2, "top_k": 2, "num_experts": 19, "bits": 8},
+    "one_call_skips": {"intermediate": 112, "m": 23, "routing": "skips", "bias": True},
+    "one_call_nobody": {"intermediate": 16, "routing": "nobody", "group_size": -1},
+    "one_call_wide": {"intermediate": 704, "k": 320, "n": 1344, "m": 19, "dtype": "bfloat16"},
 }
 
 
@@ -113,6 +124,19 @@ def test_activation(activation, weights_on_input):
     out = moe_ffn(
         x, *layer.routes, *layer.stacks(),
         activation=activation, weights_on_input=weights_on_input,
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer, activation, weights_on_input=weights_on_input, x=x))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_clamped"])
+@pytest.mark.parametrize("weights_on_input", [False, True])
+@pytest.mark.parametrize("m", [1, 9])
+def test_activation_in_one_call(activation, weights_on_input, m, backend):
+    layer = build_layer(f"{activation}_{m}", bias=True, k=128, intermediate=128, m=m)
+    x = 4 * layer.x
+    out = moe_ffn(
+        x, *layer.routes, *layer.stacks(), activation=activation,
+        weights_on_input=weights_on_input, implementation=implementation(backend, "float16"),
     )  # fmt: skip
     oracle.assert_within(out, *expected(layer, activation, weights_on_input=weights_on_input, x=x))
 

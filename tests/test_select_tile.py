@@ -43,10 +43,16 @@ def test_every_tile_is_reachable():
     assert reached == set(range(len(_jax_marlin.tile_table())))
 
 
-def test_small_problems_split_k_to_fill_the_gpu():
+def test_few_rows_take_narrow_blocks_before_they_split_k():
     choice = _jax_marlin.select_tile(1, 0, 4096, 4096, 4, 132)
-    assert choice["split_k"] > 1
-    assert choice["n_blocks"] * choice["split_k"] >= 132
+    assert choice["split_k"] == 1 and choice["n_blocks"] == 128
+
+
+def test_small_problems_split_k_to_fill_the_gpu():
+    for rows in (1, 16, 32, 64):
+        choice = _jax_marlin.select_tile(rows, 0, 4096, 1024, 4, 132)
+        assert choice["split_k"] > 1
+        assert 64 <= choice["n_blocks"] * choice["split_k"] <= 132
 
 
 def test_large_problems_do_not_split_k():

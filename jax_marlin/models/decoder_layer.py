@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate, updated
-from jax_marlin.ops.moe_ffn import ACTIVATIONS, moe_ffn
+from jax_marlin.ops.activations import ACTIVATIONS
+from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.routing import route
 

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer composed of single ops: for `moe_ffn` on unquantized experts."""
+"""A mixture-of-experts layer composed of single ops: what `moe_ffn` does where one call cannot."""
 
 from collections.abc import Callable, Sequence
 
@@ -47,7 +47,9 @@ def composed_layer(
         return routed_matmul(
             rows, stack, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
-            weights_before_bias=weights_before_bias, preferred_element_type=jnp.float32,
+            weights_before_bias=weights_before_bias,
+            zero_output=False,  # rows of dropped ids are masked below
+            preferred_element_type=jnp.float32,
             implementation=implementation, where=where,
         )  # fmt: skip
 
@@ -56,9 +58,9 @@ def composed_layer(
     products = [product(x, half, top_k, first, weights_on_input) for half in halves]
     gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)  # [R, I]
     out = product(activate(gate, up).astype(x.dtype), down, 1, last)  # float32 [R, N]
-    # Rows of dropped ids are zero. The order of the slots fixes the rounding.
     out = out.reshape(num_tokens, top_k, out.shape[-1])
+    routed = (ids >= 0) & (ids < num_experts)
     total = jnp.zeros((num_tokens, out.shape[-1]), jnp.float32)
-    for slot in range(top_k):
-        total += out[:, slot]
+    for slot in range(top_k):  # in this order, so that the rounding is the same in every run
+        total += jnp.where(routed[:, slot, None], out[:, slot], 0.0)
     return total.astype(x.dtype)

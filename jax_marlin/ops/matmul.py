@@ -66,7 +66,6 @@ def matmul(
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
-    expert = jnp.clip(expert, 0, stack.qweight.shape[0] - 1)
     if stack.perm is not None:
         x = jnp.take(x, stack.perm[expert], axis=-1, mode="clip")
     bias = stack.bias if own_bias is None else own_bias

@@ -17,7 +17,7 @@ from jax_marlin.ops.primitive import (
 
 TARGET = "jax_marlin_moe_align_block_size_v1"
 _INT32_MAX = 2**31 - 1
-_MAX_KERNEL_EXPERTS = 8192  # counters of one thread block, as in the handler
+MAX_KERNEL_EXPERTS = 8192  # counters of one thread block, as in the handler
 
 
 def moe_align_block_size(
@@ -157,7 +157,7 @@ def _shape_rule(topk_ids, expert_map, *, moe_block_size, num_experts, **_):
 def _has_kernel(results, topk_ids, expert_map, *, num_experts, **_):
     """A call without rows launches nothing; the kernel counts all experts in shared memory."""
     num_slots = results[0].shape[0]
-    return num_experts <= _MAX_KERNEL_EXPERTS and (not isinstance(num_slots, int) or num_slots > 0)
+    return num_experts <= MAX_KERNEL_EXPERTS and (not isinstance(num_slots, int) or num_slots > 0)
 
 
 def _default(topk_ids, expert_map, *, moe_block_size, num_experts):

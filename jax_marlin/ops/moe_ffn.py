@@ -1,7 +1,5 @@
 """moe_ffn: a whole mixture-of-experts layer: align, gate_up, activation, down, sum over top_k."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,32 +7,15 @@ from jax.typing import ArrayLike
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks
+from jax_marlin.ops.activations import ACTIVATIONS
 from jax_marlin.ops.composition import composed_layer
 from jax_marlin.ops.dense_experts import check_dense
-from jax_marlin.ops.moe_align_block_size import (
-    align_routed_rows,
-    as_expert_ids,
-    select_moe_block_size,
-)
-from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
+from jax_marlin.ops.layer_call import can_fuse, fused_layer
+from jax_marlin.ops.moe_align_block_size import as_expert_ids
+from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.weights import MarlinExpertStack
 
 _WHERE = "moe_ffn"
-
-
-def _swiglu_clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gpt-oss: gate clipped above at 7, up to -7 .. 7."""
-    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
-    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1.0)
-
-
-# (gate, up) float32 -> float32
-ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "silu": lambda gate, up: jax.nn.silu(gate) * up,
-    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
-    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
-    "swiglu_clamped": _swiglu_clamped,
-}
 
 
 def moe_ffn(
@@ -101,12 +82,14 @@ def moe_ffn(
 
     @jax.custom_batching.custom_vmap
     def layer(x, ids, weights, halves, down):
-        if any(isinstance(stack, DenseExpertStack) for stack in (*halves, down)):
-            activate = ACTIVATIONS[activation]
-            return composed_layer(
-                x, ids, weights, halves, down, activate, weights_on_input, implementation, _WHERE
+        if implementation != "xla" and can_fuse(halves, down):
+            return fused_layer(
+                x, ids, weights, *halves, down, activation, weights_on_input, implementation
             )
-        return _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation)
+        activate = ACTIVATIONS[activation]
+        return composed_layer(
+            x, ids, weights, halves, down, activate, weights_on_input, implementation, _WHERE
+        )
 
     @layer.def_vmap
     def _(axis_size, in_batched, x, ids, weights, halves, down):
@@ -122,50 +105,6 @@ def moe_ffn(
 
     out = layer(x.reshape(-1, x.shape[-1]), ids, weights, halves, down)
     return out.reshape(*x.shape[:-1], down.n_per_expert)
-
-
-def _layer(x, ids, weights, halves, down, activation, weights_on_input, implementation):
-    """x `[T, H]`, ids int32 and weights float32 `[T, top_k]` -> `[T, N]`."""
-    num_tokens, top_k = ids.shape
-    num_experts = down.num_experts
-    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
-    routing = Routing(
-        *align_routed_rows(ids, moe_block_size, num_experts, implementation=implementation)
-    )
-
-    def product(rows, stack, top_k, row_weights, *, weights_before_bias=False):
-        return routed_matmul(
-            rows,
-            stack,
-            routing,
-            moe_block_size=moe_block_size,
-            top_k=top_k,
-            topk_weights=row_weights,
-            weights_before_bias=weights_before_bias,
-            zero_output=False,  # rows of dropped ids are masked below
-            preferred_element_type=jnp.float32,
-            implementation=implementation,
-            where=_WHERE,
-        )
-
-    row_weights = weights.reshape(-1)
-    # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
-    gate_up = [
-        product(x, half, top_k, row_weights, weights_before_bias=True)
-        if weights_on_input
-        else product(x, half, top_k, None)
-        for half in halves
-    ]  # float32 [R, 2I] or twice [R, I]
-    gate, up = jnp.split(gate_up[0], 2, axis=-1) if len(gate_up) == 1 else gate_up
-    hidden = ACTIVATIONS[activation](gate, up).astype(x.dtype)  # [R, I]
-    out = product(hidden, down, 1, None if weights_on_input else row_weights)  # float32 [R, N]
-
-    out = out.reshape(num_tokens, top_k, out.shape[-1])
-    routed = (ids >= 0) & (ids < num_experts)
-    total = jnp.zeros((num_tokens, out.shape[-1]), jnp.float32)
-    for slot in range(top_k):  # in this order, so that the rounding is the same in every run
-        total += jnp.where(routed[:, slot, None], out[:, slot], 0.0)
-    return total.astype(x.dtype)
 
 
 def _one_by_one(layer, in_batched, *args):

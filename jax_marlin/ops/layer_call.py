@@ -1,0 +1,152 @@
+"""The layer of `moe_ffn` as one primitive: one custom call on CUDA, composed of ops elsewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import xla
+
+from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.ops import ffi_targets
+from jax_marlin.ops.activations import ACTIVATIONS, KERNEL_ACTIVATIONS
+from jax_marlin.ops.composition import composed_layer
+from jax_marlin.ops.moe_align_block_size import (
+    MAX_KERNEL_EXPERTS,
+    aligned_sizes,
+    select_moe_block_size,
+)
+from jax_marlin.ops.primitive import (
+    align_rows,
+    has_kernel,
+    map_sequentially,
+    or_empty,
+    register_lowerings,
+    result_aval,
+    set_batching,
+)
+from jax_marlin.weights import MarlinExpertStack
+
+TARGET = "jax_marlin_moe_ffn_v1"
+_FRAGMENT = 16  # a block of the kernel pairs 16 columns of gate with the same 16 of up
+
+
+def can_fuse(halves: tuple, down) -> bool:
+    """Whether one call takes these stacks: packed, gate and up in one, columns whole fragments."""
+    if len(halves) != 1 or any(isinstance(s, DenseExpertStack) for s in (*halves, down)):
+        return False
+    return down.k % _FRAGMENT == 0 and down.num_experts <= MAX_KERNEL_EXPERTS
+
+
+def fused_layer(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    gate_up: MarlinExpertStack,
+    down: MarlinExpertStack,
+    activation: str,
+    weights_on_input: bool,
+    implementation: str | None,
+) -> jax.Array:
+    """`composed_layer` of stacks that `can_fuse`.
+
+    Args:
+        x: `[T, H]`.
+        ids: int32 `[T, top_k]`; those outside the experts contribute nothing.
+        weights: float32 `[T, top_k]`.
+        gate_up: `[E, H, 2I]`.
+        down: `[E, I, N]`.
+        activation: a name in `ACTIVATIONS`.
+        weights_on_input: weigh gate_up's input in place of down's output.
+        implementation: None or "cuda".
+
+    Returns:
+        `[T, N]`, x's dtype.
+    """
+    return _primitive.bind(
+        x, ids, weights, *_leaves(gate_up), *_leaves(down),
+        gate_up_spec=gate_up.spec, down_spec=down.spec, activation=activation,
+        weights_on_input=bool(weights_on_input), implementation=implementation,
+    )  # fmt: skip
+
+
+def _leaves(stack: MarlinExpertStack) -> tuple[jax.Array, ...]:
+    return (
+        stack.qweight,
+        stack.scales,
+        or_empty(stack.zero_points, stack.dtype),
+        or_empty(stack.perm, jnp.int32),
+        or_empty(stack.bias, stack.dtype),
+    )
+
+
+def _stack(leaves, spec) -> MarlinExpertStack:
+    return MarlinExpertStack(*leaves[:2], *(a if a.size else None for a in leaves[2:]), spec)
+
+
+def _shape_rule(x, *operands, down_spec, **_):
+    return result_aval((x.shape[0], down_spec.n), x.dtype, (x, *operands))
+
+
+def _default(
+    x, ids, weights, *leaves, gate_up_spec, down_spec, activation, weights_on_input
+):  # fmt: skip
+    return composed_layer(
+        x, ids, weights, (_stack(leaves[:5], gate_up_spec),), _stack(leaves[5:], down_spec),
+        ACTIVATIONS[activation], weights_on_input, None, "moe_ffn",
+    )  # fmt: skip
+
+
+def _has_kernel(results, x, ids, *_, **__):
+    return has_kernel(results, x) and ids.shape[1] > 0
+
+
+def _custom_call(
+    x, ids, weights, *leaves, gate_up_spec, down_spec, activation, weights_on_input
+):  # fmt: skip
+    x = align_rows(x)
+    num_tokens, top_k = ids.shape
+    num_experts, routes = leaves[0].shape[0], num_tokens * top_k
+    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
+    num_slots, num_blocks = aligned_sizes(ids.shape, moe_block_size, num_experts)
+    scratch_bytes = ffi_targets.scratch_bytes(
+        num_slots, moe_block_size, down_spec.k, down_spec.n, down_spec.bits
+    )
+    results = [
+        ((num_tokens, down_spec.n), x.dtype),
+        ((routes, down_spec.k), x.dtype),  # hidden
+        ((routes, down_spec.n), np.float32),  # weighted rows, before their sum
+        ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order
+        ((routes, down_spec.k) if leaves[8].size else (0,), x.dtype),  # hidden in act-order
+        ((num_slots,), np.int32),  # sorted_token_ids
+        ((num_blocks,), np.int32),  # expert_ids
+        ((1,), np.int32),  # num_tokens_past_padded
+        ((scratch_bytes,), np.uint8),
+    ]
+    attributes = {
+        "gate_up_bits": gate_up_spec.bits,
+        "gate_up_group_size": gate_up_spec.group_size,
+        "down_bits": down_spec.bits,
+        "down_group_size": down_spec.group_size,
+        "k": gate_up_spec.k,
+        "intermediate": down_spec.k,
+        "moe_block_size": moe_block_size,
+        "activation": KERNEL_ACTIVATIONS[activation],
+        "weights_on_input": weights_on_input,
+    }
+    call = jax.ffi.ffi_call(TARGET, [jax.ShapeDtypeStruct(*result) for result in results])
+    return call(
+        x, ids, weights, *leaves, **{name: np.int64(value) for name, value in attributes.items()}
+    )[0]
+
+
+def _batching(operands, dims, **params):
+    return map_sequentially(_primitive, operands, dims, params)
+
+
+_primitive = Primitive(TARGET)
+_primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+_primitive.def_abstract_eval(_shape_rule)
+register_lowerings(_primitive, _default, _custom_call, _has_kernel)
+set_batching(_primitive, _batching)
