@@ -130,9 +130,10 @@ class ActivationRing {
     const int warp_k = threadIdx.x / (kScaleVectors * kHalves);
     const int k_tile = first_k_tile(warp_k) + half / 2;
     // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
-    // further from an integer than float32 rounds.
-    const int group = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
-    const bool valid = k_tile < k_tile_end(warp_k) && group < p_.num_groups;
+    // further from an integer than float32 rounds. The last half of K may begin a group too many.
+    const int quotient = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
+    const int group = min(quotient, p_.num_groups - 1);
+    const bool valid = k_tile < k_tile_end(warp_k);
     const int64_t at = valid ? scale_offset_ + group * kTile : 0;
     auto& stages = storage_.stages;
     ptx::cp_async(&stages.scales[request_stage_][warp_k][half][vector * kVector],

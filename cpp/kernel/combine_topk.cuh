@@ -6,6 +6,7 @@
 namespace jax_marlin {
 
 constexpr int kCombineThreads = 128;
+constexpr int kCombineSlots = 8;  // fetched at once
 constexpr int kCombineColumns = 4 * kCombineThreads;  // one float4 a thread
 
 // Four columns, or the `left` ones that a row still has; rows that are no multiple of 16 bytes
@@ -25,15 +26,25 @@ __global__ void __launch_bounds__(kCombineThreads)
   const int64_t token = blockIdx.x;
   const int column = (blockIdx.y * kCombineThreads + threadIdx.x) * 4;
   const int* ids = p.topk_ids + token * p.top_k;
-  ptx::wait_dependencies();
-  if (column >= p.columns) return;
   const float* row = p.rows + token * p.top_k * p.row_stride + column;
+  const bool inside = column < p.columns;
+  ptx::wait_dependencies();
   float4 sum = {};
-#pragma unroll 4
-  for (int slot = 0; slot < p.top_k; ++slot, row += p.row_stride) {
-    const int id = ids[slot];
-    if (id < 0 || id >= p.num_experts) continue;  // its row was never written
-    add(sum, load_columns(row, p.columns - column, p.row_stride));
+  for (int first = 0; first < p.top_k; first += kCombineSlots) {
+    // Requests of all slots first, then their sum in order. Rows of ids outside the stack were never
+    // written.
+    float4 parts[kCombineSlots] = {};
+#pragma unroll
+    for (int i = 0; i < kCombineSlots; ++i) {
+      const int slot = first + i;
+      if (slot >= p.top_k) continue;
+      const int id = ids[slot];
+      if (inside && id >= 0 && id < p.num_experts) {
+        parts[i] = load_columns(row + slot * p.row_stride, p.columns - column, p.row_stride);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCombineSlots; ++i) add(sum, parts[i]);
   }
   const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
   Element* out = static_cast<Element*>(p.out) + token * p.columns + column;

@@ -55,9 +55,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   extern __shared__ __align__(16) unsigned char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
   // What the kernel before this one writes is routing tables, awaited here, or x, awaited below.
-  // The next kernel may start early only when these tables, which it reads too, are complete.
   if (!p.x_is_pending) ptx::wait_dependencies();
-  ptx::launch_dependents();
   WorkTile tile;
   if (!seek<Config>(p, storage, tile)) {
     if (p.x_is_pending) ptx::wait_dependencies();  // or the next kernel would not wait for x's
@@ -84,6 +82,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   } else {
     multiply_tiles<Config, false>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
   }
+  // Not earlier: blocks of the next kernel would take what room there is, here more and there less.
+  ptx::launch_dependents();
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }
 

@@ -25,9 +25,10 @@ class WeightRing {
       const int thread = 32 * (fragment % 4) + threadIdx.x % 32;
       source_[f] = p.qweight + (column_tile * p.k_tiles + begin) * Config::kWordsPerTile +
                    thread * 4 * Config::kVectors;
-      // While x is still being written, packed tiles can be on their way to L2.
+      // While x is still being written, the first turn of the ring can be on its way to L2. More
+      // would push out what other blocks wait for.
       if (p.x_is_pending && thread == 0 && remaining_ > 0) {
-        ptx::prefetch_l2(source_[f], remaining_ * Config::kWordsPerTile * 4);
+        ptx::prefetch_l2(source_[f], min(remaining_, Config::kDepth) * Config::kWordsPerTile * 4);
       }
     }
   }

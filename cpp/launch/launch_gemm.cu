@@ -32,12 +32,14 @@ cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
                    cudaStream_t stream, const Params& params) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    // Idempotent, so it may run again when XLA re-captures the call.
-    const cudaError_t allowed =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (allowed != cudaSuccess) return allowed;
+  // Idempotent, so they may run again when XLA re-captures the call. With one split of L1 and shared
+  // memory for all kernels, none waits for a multiprocessor to run empty and change it.
+  cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared);
+  if (set == cudaSuccess && shared_bytes > kDefaultSharedBytes) {
+    set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
+  if (set != cudaSuccess) return set;
   int major = 0;
   const cudaError_t asked = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (asked != cudaSuccess) return asked;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../../cpp/kernel/tile_config.h"
 #include "../../cpp/launch/launch_gemm.h"
 
 using namespace jax_marlin;
@@ -22,6 +23,11 @@ __global__ void fill(uint32_t* words, int count, uint32_t seed, bool as_bf16) {
   }
 }
 
+void multiply(const GemmLaunch& gemm, cudaStream_t stream) {
+  clear_arrivals(gemm, stream);
+  launch_gemm(gemm, Order::kAfter, stream);
+}
+
 int main() {
   int sm_count = 0;
   if (current_sm_count(&sm_count) != cudaSuccess) return 1;
@@ -30,8 +36,7 @@ int main() {
   if (choice.split_k < 2) return 1;
 
   const size_t out_bytes = kRows * kN * 2;
-  GemmParams params[kStreams];
-  void* scratch[kStreams];
+  GemmLaunch gemms[kStreams];
   cudaStream_t streams[kStreams];
   std::vector<uint8_t> alone[kStreams];
   const auto allocate = [](size_t words, uint32_t seed, bool as_bf16) {
@@ -41,7 +46,8 @@ int main() {
     return data;
   };
   for (int s = 0; s < kStreams; ++s) {
-    GemmParams& p = params[s] = {};
+    gemms[s] = {{}, choice, ElementType::kBfloat16, 4, nullptr};
+    GemmParams& p = gemms[s].params;
     p.x = allocate(kRows * kK / 2, 11 + s, true);
     p.qweight = allocate(size_t{kK} * kN / 8, 23 + s, false);
     p.scales = allocate(kK / 128 * kN / 2, 37 + s, true);
@@ -54,10 +60,11 @@ int main() {
     p.k_tiles = kK / 64;
     p.group_size = 128;
     p.num_groups = kK / 128;
-    scratch[s] = allocate(scratch_bytes(choice) / 4 + 1, 91 + s, false);
+    p.groups_per_half = float{kHalf} / 128;
+    gemms[s].scratch = allocate(scratch_bytes(choice) / 4 + 1, 91 + s, false);
     cudaStreamCreateWithFlags(&streams[s], cudaStreamNonBlocking);
     cudaDeviceSynchronize();
-    launch_gemm(p, choice, ElementType::kBfloat16, 4, scratch[s], streams[s]);
+    multiply(gemms[s], streams[s]);
     alone[s].resize(out_bytes);
     cudaDeviceSynchronize();
     cudaMemcpy(alone[s].data(), p.out, out_bytes, cudaMemcpyDeviceToHost);
@@ -67,12 +74,12 @@ int main() {
   for (int round = 0; round < kRounds; ++round) {
     for (int repeat = 0; repeat < 4; ++repeat) {
       for (int s = 0; s < kStreams; ++s) {
-        launch_gemm(params[s], choice, ElementType::kBfloat16, 4, scratch[s], streams[s]);
+        multiply(gemms[s], streams[s]);
       }
     }
     if (cudaDeviceSynchronize() != cudaSuccess) return 1;
     for (int s = 0; s < kStreams; ++s) {
-      cudaMemcpy(out.data(), params[s].out, out_bytes, cudaMemcpyDeviceToHost);
+      cudaMemcpy(out.data(), gemms[s].params.out, out_bytes, cudaMemcpyDeviceToHost);
       wrong += std::memcmp(out.data(), alone[s].data(), out_bytes) != 0;
     }
   }
