@@ -14,8 +14,8 @@
 //           0x4B000000 | q = 2^23 + q, and round (q - z) * s once to bf16
 #pragma once
 
-#include "kernel_config.cuh"
 #include "ptx.cuh"
+#include "weight_format.cuh"
 
 namespace jax_marlin {
 
