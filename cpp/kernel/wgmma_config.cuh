@@ -47,13 +47,12 @@ template <class Config>
 struct WgmmaStorage {
   using Element = typename Config::Element;
   static constexpr int kHalves = 2 * Config::kStageTiles;  // scales may change every 32 of K
-  static constexpr bool kStored = Config::kStoredZeroPoints;
+  static constexpr int kScaleSets = Config::kStoredZeroPoints ? 2 : 1;
 
   struct alignas(1024) Stage {
     Element x[Config::kStageTiles][Config::kTileM][kTile];  // swizzled: wgmma_instruction.cuh
     alignas(16) uint32_t weights[Config::kColumnTiles][Config::kStageTiles][Config::kWordsPerTile];
-    alignas(16) Element scales[kHalves][Config::kColumns];
-    alignas(16) Element zero_points[kStored ? kHalves : 1][kStored ? Config::kColumns : 8];
+    alignas(16) Element scales[kScaleSets][kHalves][Config::kColumns];  // then zero points
   };
 
   // A piece of work, written by the warpgroup that copies.
@@ -97,6 +96,12 @@ struct RingPosition {
     }
   }
 };
+
+// Whether the two halves of a packed K tile can have different scales.
+template <class Params>
+__device__ __forceinline__ bool scales_change_inside(const Params& p) {
+  return p.group_size % kTile != 0;
+}
 
 // Packed K tiles of this block: all, or its part when the blocks of a cluster split K.
 struct KRange {

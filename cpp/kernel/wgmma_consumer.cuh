@@ -5,6 +5,7 @@
 #pragma once
 
 #include "dequant.cuh"
+#include "params.h"
 #include "ptx_sm90.cuh"
 #include "wgmma_config.cuh"
 #include "wgmma_instruction.cuh"
@@ -23,101 +24,134 @@ class Consumer {
 
  public:
   // group: this warpgroup's place along the columns.
-  __device__ __forceinline__ Consumer(Storage& storage, int group)
-      : storage_(storage), group_(group), thread_(threadIdx.x % kWarpgroup) {}
+  __device__ __forceinline__ Consumer(const GemmParams& p, Storage& storage, int group)
+      : storage_(storage), thread_(threadIdx.x % kWarpgroup), group_(group),
+        second_half_(scales_change_inside(p) ? 1 : 0) {}
 
   // sums += product over `stages` stages, rows [0, width * kWidthStep) of the tile.
   template <int width>
   __device__ __forceinline__ void multiply(int stages, WgmmaSums<Config>& sums) {
+    if (stages == 0) return;
+    Operands operands;
+    load(operands);
     uint64_t* read = nullptr;  // empty barrier of the stage that products still read
     for (int i = 0; i < stages; ++i) {
-      ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
-      ptx::fence_proxy_async();
-      const Stage& stage = storage_.stages[at_.slot];
+      const uint32_t x = ptx::shared_address(storage_.stages[at_.slot].x);
 #pragma unroll
-      for (int t = 0; t < Config::kStageTiles; ++t) {
-        const uint64_t x = ptx::swizzled_descriptor(ptx::shared_address(stage.x[t]));
-        uint4 words[Config::kGroupTiles][Config::kVectors];
-        load_words(stage, t, words);
-#pragma unroll
-        for (int step = 0; step < 4; step += Config::kBatch) {
-          uint32_t a[Config::kBatch][Config::kGroupTiles][4];
-          dequantize_batch(stage, t, step, words, a);
-          ptx::wgmma_fence();
-#pragma unroll
-          for (int s = 0; s < Config::kBatch; ++s) {
-#pragma unroll
-            for (int g = 0; g < Config::kGroupTiles; ++g) {
-              ptx::wgmma_m64k16(sums[g], a[s][g], x + 2 * (step + s),
-                                ptx::Width<width * Config::kWidthStep>{},
-                                typename Config::Element{});
-            }
-          }
-          ptx::wgmma_commit();
+      for (int batch = 0; batch < kBatches; ++batch) {
+        uint32_t a[Config::kBatch][Config::kGroupTiles][4];
+        dequantize_batch(operands, batch, a);
+        ptx::wgmma_fence();
+        issue<width>(a, batch, x, sums);
+        ptx::wgmma_commit();
+        if (batch == kBatches - 1) {
+          uint64_t* empty = &storage_.empty[at_.slot];
+          at_.advance();
+          // While the tensor cores are busy, what the next stage dequantizes arrives.
+          if (i + 1 < stages) load(operands);
           ptx::wgmma_wait<1>();
-          if (t == 0 && step == 0 && read != nullptr) release(read);
+          read = empty;
+        } else {
+          ptx::wgmma_wait<1>();
+          if (batch == 0 && read != nullptr) release(read);
         }
       }
-      read = &storage_.empty[at_.slot];
-      at_.advance();
     }
     ptx::wgmma_wait<0>();
-    if (read != nullptr) release(read);
+    release(read);
   }
 
  private:
-  __device__ __forceinline__ void release(uint64_t* empty) {
-    if (thread_ % 32 == 0) ptx::mbarrier_arrive(empty);
-  }
+  static constexpr int kBatches = 4 * Config::kStageTiles / Config::kBatch;
 
-  __device__ __forceinline__ void load_words(
-      const Stage& stage, int t, uint4 (&words)[Config::kGroupTiles][Config::kVectors]) const {
+  // Packed words and scales of a stage, this thread's alone.
+  struct Operands {
+    uint4 words[Config::kStageTiles][Config::kGroupTiles][Config::kVectors];
+    Pair scales[Storage::kScaleSets][Storage::kHalves][Config::kGroupTiles];
+  };
+
+  // Waits for the stage at at_.
+  __device__ __forceinline__ void load(Operands& operands) const {
+    ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
+    ptx::fence_proxy_async();
+    const Stage& stage = storage_.stages[at_.slot];
 #pragma unroll
     for (int g = 0; g < Config::kGroupTiles; ++g) {
-      const uint32_t* tile = stage.weights[group_ * Config::kGroupTiles + g][t];
+      const int tile = group_ * Config::kGroupTiles + g;
 #pragma unroll
-      for (int v = 0; v < Config::kVectors; ++v) {
-        words[g][v] = reinterpret_cast<const uint4*>(tile)[thread_ * Config::kVectors + v];
+      for (int t = 0; t < Config::kStageTiles; ++t) {
+        const uint4* words = reinterpret_cast<const uint4*>(stage.weights[tile][t]);
+#pragma unroll
+        for (int v = 0; v < Config::kVectors; ++v) {
+          operands.words[t][g][v] = words[thread_ * Config::kVectors + v];
+        }
+      }
+      // Rows g and g + 8 of this warp's 16 columns are neighbours in the layout.
+      const int at = kTile * tile + thread_ / 32 * 16 + thread_ % 32 / 4 * 2;
+#pragma unroll
+      for (int set = 0; set < Storage::kScaleSets; ++set) {
+#pragma unroll
+        for (int half = 0; half < Storage::kHalves; ++half) {
+          const int row = half % 2 == 0 ? half : half - 1 + second_half_;
+          operands.scales[set][half][g] =
+              *reinterpret_cast<const Pair*>(&stage.scales[set][row][at]);
+        }
       }
     }
   }
 
-  // k16 steps [first, first + kBatch) of K tile t.
   __device__ __forceinline__ void dequantize_batch(
-      const Stage& stage, int t, int first, const uint4 (&words)[Config::kGroupTiles][Config::kVectors],
+      const Operands& operands, int batch,
       uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4]) const {
 #pragma unroll
     for (int g = 0; g < Config::kGroupTiles; ++g) {
 #pragma unroll
       for (int s = 0; s < Config::kBatch; ++s) {
-        const int step = first + s;
+        const int step = batch * Config::kBatch + s;
+        const int half = step / 2;
         uint32_t w[Config::kStepWords];
 #pragma unroll
         for (int i = 0; i < Config::kStepWords; ++i) {
-          const int at = step * Config::kStepWords + i;
-          const uint4& v = words[g][at / 4];
+          const int at = step % 4 * Config::kStepWords + i;
+          const uint4& v = operands.words[step / 4][g][at / 4];
           w[i] = at % 4 == 0 ? v.x : at % 4 == 1 ? v.y : at % 4 == 2 ? v.z : v.w;
         }
-        dequantize<Config>(w, load_scale(stage, 2 * t + step / 2, g), a[s][g]);
+        Pair zero_points;
+        if constexpr (Config::kStoredZeroPoints) {
+          zero_points = operands.scales[1][half][g];
+        } else {
+          zero_points = Config::twice(Config::from_float(Config::kSymmetricZeroPoint));
+        }
+        const GroupScale<Config> scale(operands.scales[0][half][g], zero_points);
+        dequantize<Config>(w, scale, a[s][g]);
       }
     }
   }
 
-  // Scales of this thread's rows g and g + 8 in its warp's 16 columns, neighbours in the layout.
-  __device__ __forceinline__ GroupScale<Config> load_scale(const Stage& stage, int half,
-                                                           int g) const {
-    const int at = kTile * (group_ * Config::kGroupTiles + g) + thread_ / 32 * 16 +
-                   thread_ % 32 / 4 * 2;
-    const Pair scales = *reinterpret_cast<const Pair*>(&stage.scales[half][at]);
-    if constexpr (Config::kStoredZeroPoints) {
-      return {scales, *reinterpret_cast<const Pair*>(&stage.zero_points[half][at])};
-    } else {
-      return {scales, Config::twice(Config::from_float(Config::kSymmetricZeroPoint))};
+  template <int width>
+  __device__ __forceinline__ void issue(
+      const uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4], int batch, uint32_t x,
+      WgmmaSums<Config>& sums) const {
+    constexpr int kTileBytes = sizeof(Stage::x[0]);
+#pragma unroll
+    for (int s = 0; s < Config::kBatch; ++s) {
+      const int step = batch * Config::kBatch + s;
+      const uint64_t b = ptx::swizzled_descriptor(x + step / 4 * kTileBytes) + step % 4 * 2;
+#pragma unroll
+      for (int g = 0; g < Config::kGroupTiles; ++g) {
+        ptx::wgmma_m64k16(sums[g], a[s][g], b, ptx::Width<width * Config::kWidthStep>{},
+                          typename Config::Element{});
+      }
     }
   }
 
+  __device__ __forceinline__ void release(uint64_t* empty) {
+    if (thread_ % 32 == 0) ptx::mbarrier_arrive(empty);
+  }
+
   Storage& storage_;
-  const int group_, thread_;
+  const int thread_, group_;
+  const int second_half_;  // 1 when a tile's last 32 of K have scales of their own
   RingPosition<Storage::kStages> at_;
 };
 

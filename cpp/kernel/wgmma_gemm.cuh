@@ -52,7 +52,7 @@ __device__ __forceinline__ void multiply_rows(Consumer<Config>& consumer, int ro
 template <class Config>
 __device__ __forceinline__ void consume(const GemmParams& p, WgmmaStorage<Config>& storage,
                                         int group) {
-  Consumer<Config> consumer(storage, group);
+  Consumer<Config> consumer(p, storage, group);
   WgmmaEpilogue<Config> epilogue(p, storage, group);
   const KRange k = k_range(p);
   const int stages = (k.end - k.begin + Config::kStageTiles - 1) / Config::kStageTiles;

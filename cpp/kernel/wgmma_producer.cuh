@@ -1,5 +1,9 @@
 // The warpgroup that copies: rows of x, packed weights, scales and zero points into a ring of
 // stages, as far ahead of the products as the ring is long, across pieces of work.
+//
+// All its threads gather x with cp.async; some lanes of each warp also request, as bulk copies, one
+// column tile's weights or scales each. A stage costs the products 500 to 1000 clocks and must cost
+// less here, so it needs no more arithmetic than additions.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -11,143 +15,258 @@ template <class Config>
 class Producer {
   using Element = typename Config::Element;
   using Storage = WgmmaStorage<Config>;
-  static constexpr int kVector = 8;               // 16-bit elements of one 16-byte copy
+  static constexpr int kVector = 8;                // 16-bit elements of one 16-byte copy
   static constexpr int kRowStep = kWarpgroup / 8;  // 8 threads copy 64 of K of a row
   static constexpr int kRows = Config::kTileM / kRowStep;
 
  public:
   __device__ __forceinline__ Producer(const GemmParams& p, Storage& storage)
-      : p_(p), storage_(storage), thread_(threadIdx.x % kWarpgroup) {}
+      : p_(p), storage_(storage), thread_(threadIdx.x % kWarpgroup), k_(k_range(p)) {}
 
   __device__ __forceinline__ void run() {
     const WorkOrder<Config> order(p_);
-    const KRange k = k_range(p_);
     const int clusters = gridDim.x / p_.split_k;
-    for (int index = blockIdx.x / p_.split_k; index < order.count(); index += clusters) {
-      int row_block;
-      order.seek(index, row_block, column_block_);
-      expert_ = block_expert(p_, row_block);
-      if (expert_ < 0) continue;
-      const int rows = find_rows(row_block);
+    int index = blockIdx.x / p_.split_k;
+    Request next;
+    if (index < order.count()) next.load(p_, order, index, thread_ / 8);
+    while (index < order.count()) {
+      const Request work = next;
+      index += clusters;
+      // Routing tables of the next piece arrive while this one is copied.
+      if (index < order.count()) next.load(p_, order, index, thread_ / 8);
+      if (work.expert < 0) continue;
+      const int rows = count_rows(work);
       if (rows == 0) continue;
-      publish(expert_, rows);
-      if (p_.row_divisor != 1) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) row_[i] = row_[i] < 0 ? -1 : row_[i] / p_.row_divisor;
-      }
-      for (int k_tile = k.begin; k_tile < k.end; k_tile += Config::kStageTiles) {
-        ptx::mbarrier_wait(&storage_.empty[at_.slot], at_.parity ^ 1);
-        copy_x(k_tile, k.end, rows);
-        copy_columns(storage_.stages[at_.slot].scales, p_.scales, k_tile, k.end);
-        if constexpr (Config::kStoredZeroPoints) {
-          copy_columns(storage_.stages[at_.slot].zero_points, p_.zero_points, k_tile, k.end);
-        }
-        if (thread_ == 0) copy_weights(k_tile, min(k.end - k_tile, Config::kStageTiles));
-        ptx::mbarrier_arrive_after_copies(&storage_.full[at_.slot]);
-        at_.advance();
-      }
+      publish(work, rows);
+      copy(work);
     }
-    publish(-1, 0);
+    Request end;
+    end.expert = -1;
+    publish(end, 0);
   }
 
  private:
-  // This thread's rows of out; how many rows lie up to the tile's last used one, for all threads.
-  __device__ __forceinline__ int find_rows(int row_block) {
+  // A piece of work, and this thread's rows of out in it.
+  struct Request {
+    int expert, column_block;
+    int row[kRows];
+
+    __device__ __forceinline__ void load(const GemmParams& p, const WorkOrder<Config>& order,
+                                         int index, int first_row) {
+      int row_block;
+      order.seek(index, row_block, column_block);
+      const RowBlock<Config> block(p, row_block);
+      expert = block.expert;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) row[i] = block.row(p, first_row + kRowStep * i);
+    }
+  };
+
+  // How many rows lie up to the tile's last used one, for all threads.
+  __device__ __forceinline__ int count_rows(const Request& work) {
     int last = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int row = thread_ / 8 + kRowStep * i;
-      row_[i] = block_row<Config>(p_, row_block, row);
-      if (row_[i] >= 0) last = row + 1;
+      if (work.row[i] >= 0) last = thread_ / 8 + kRowStep * i + 1;
     }
     last = __reduce_max_sync(0xffffffffu, last);
-    int(&warp_rows)[4] = storage_.rest.warp_rows[finds_++ % kWorkSlots];
+    int(&warp_rows)[4] = storage_.rest.warp_rows[counts_++ % kWorkSlots];
     if (thread_ % 32 == 0) warp_rows[thread_ / 32] = last;
     ptx::named_barrier(1, kWarpgroup);
     return max(max(warp_rows[0], warp_rows[1]), max(warp_rows[2], warp_rows[3]));
   }
 
-  __device__ __forceinline__ void publish(int expert, int rows) {
+  __device__ __forceinline__ void publish(const Request& request, int rows) {
     ptx::mbarrier_wait(&storage_.rest.work_empty[work_at_.slot], work_at_.parity ^ 1);
     auto& work = storage_.rest.work[work_at_.slot];
     if (thread_ == 0) {
-      work.expert = expert;
-      work.column_block = column_block_;
+      work.expert = request.expert;
+      work.column_block = request.column_block;
       work.rows = rows;
     }
-    if (expert >= 0 && thread_ % 8 == 0) {
+    if (rows > 0 && thread_ % 8 == 0) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) work.out_row[thread_ / 8 + kRowStep * i] = row_[i];
+      for (int i = 0; i < kRows; ++i) work.out_row[thread_ / 8 + kRowStep * i] = request.row[i];
     }
     ptx::mbarrier_arrive(&storage_.rest.work_full[work_at_.slot]);
     work_at_.advance();
   }
 
-  // Padding rows and columns past the end are zero.
-  __device__ __forceinline__ void copy_x(int k_tile, int k_tile_end, int rows) {
-    const int vector = thread_ % 8, row = thread_ / 8;
-    const int k_end = min(k_tile_end * kTile, p_.k);
-    const Element* x = static_cast<const Element*>(p_.x);
-#pragma unroll
-    for (int t = 0; t < Config::kStageTiles; ++t) {
-      const int k = (k_tile + t) * kTile + vector * kVector;
-      const int valid = min(max(k_end - k, 0), kVector) * static_cast<int>(sizeof(Element));
-      Element* to = &storage_.stages[at_.slot].x[t][row][(vector ^ row % 8) * kVector];
+  // All stages of one piece of work.
+  __device__ __forceinline__ void copy(const Request& work) {
+    const int warp = thread_ / 32, lane = thread_ % 32;
+    const XRows x(p_, work, thread_);
+    WeightRun weights(p_, work, k_.begin, warp);
+    const int run = 4 * lane + warp;  // of scales: spread over the warps
+    ScaleRun scales(p_, work, k_.begin, run % kScaleRuns);
+    const bool copies_weights = lane == 0 && warp < Config::kColumnTiles;
+    const bool copies_scales = run < kScaleRuns && scales.needed();
+    const int x_end = min(k_.end * kTile, p_.k);
+    for (int k_tile = k_.begin; k_tile < k_.end; k_tile += Config::kStageTiles) {
+      const int k_tiles = min(k_.end - k_tile, Config::kStageTiles);
+      auto& stage = storage_.stages[at_.slot];
+      uint64_t* full = &storage_.full[at_.slot];
+      ptx::mbarrier_wait(&storage_.empty[at_.slot], at_.parity ^ 1);
+      if (thread_ == 0) ptx::mbarrier_arrive_expect(full, bulk_bytes(k_tiles));
+      if ((k_tile + Config::kStageTiles) * kTile <= x_end) {
+        x.copy(p_, stage, k_tile);
+      } else {
+        x.copy_end(p_, stage, k_tile, x_end);
+      }
+      if (copies_weights) weights.copy(stage, k_tiles, warp, full);
+      if (copies_scales) scales.copy(stage, full);
+      ptx::mbarrier_arrive_after_copies(full);
+      at_.advance();
+    }
+  }
+
+  __device__ __forceinline__ int bulk_bytes(int k_tiles) const {
+    const int halves = scales_change_inside(p_) ? Storage::kHalves : Config::kStageTiles;
+    return Config::kColumnTiles * (k_tiles * kTileBytes + Storage::kScaleSets * halves * kScaleBytes);
+  }
+
+  // Rows of x that this thread gathers, one vector of each every 64 of K. Padding rows keep what
+  // they held: only their own columns of the product depend on it, and those are not stored.
+  struct XRows {
+    uint32_t offset[kRows];  // in vectors, from x: 64 GiB of them
+    uint32_t used = 0;       // bit i: row i is no padding
+    int vector, swizzled;    // place of row 0, in bytes
+
+    __device__ __forceinline__ XRows(const GemmParams& p, const Request& work, int thread)
+        : vector(thread % 8) {
+      const int row = thread / 8;
+      swizzled = (row * kTile + (vector ^ row % 8) * kVector) * static_cast<int>(sizeof(Element));
+      const uint32_t row_vectors = static_cast<uint32_t>(p.x_stride / kVector);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (i * kRowStep >= rows) break;
-        const bool used = row_[i] >= 0 && valid > 0;
-        // A copy of 0 bytes writes zeros but still wants an address inside the array.
-        const int64_t source = used ? row_[i] * p_.x_stride + k : 0;
-        ptx::cp_async(to + i * kRowStep * kTile, x + source, used ? valid : 0);
+        if (work.row[i] >= 0) used |= 1u << i;
+        offset[i] = source_row(p, work.row[i]) * row_vectors + vector;
       }
     }
-  }
+
+    // K tiles that are whole.
+    __device__ __forceinline__ void copy(const GemmParams& p, typename Storage::Stage& stage,
+                                         int k_tile) const {
+      const uint4* x = static_cast<const uint4*>(p.x) + k_tile * (kTile / kVector);
+      const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
+#pragma unroll
+      for (int t = 0; t < Config::kStageTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (used >> i & 1) {
+            ptx::cp_async(to + t * kTileBytesOfX + i * kStepBytes,
+                          x + t * (kTile / kVector) + offset[i]);
+          }
+        }
+      }
+    }
+
+    // The end of K: what lies past it is zero.
+    __device__ __forceinline__ void copy_end(const GemmParams& p, typename Storage::Stage& stage,
+                                             int k_tile, int k_end) const {
+#pragma unroll 1
+      for (int t = 0; t < Config::kStageTiles; ++t) {
+        const int k = (k_tile + t) * kTile;
+        const int valid = min(max(k_end - k - vector * kVector, 0), kVector);
+        // A copy of 0 bytes writes zeros but still wants an address inside the array.
+        const uint4* from = static_cast<const uint4*>(p.x) + (valid == 0 ? -vector : k / kVector);
+        unsigned char* to = reinterpret_cast<unsigned char*>(&stage.x[t]) + swizzled;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (used >> i & 1) {
+            ptx::cp_async(to + i * kStepBytes, from + offset[i],
+                          valid * static_cast<int>(sizeof(Element)));
+          }
+        }
+      }
+    }
+
+   private:
+    static constexpr int kStepBytes = kRowStep * kTile * static_cast<int>(sizeof(Element));
+    static constexpr int kTileBytesOfX = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
+
+    // Row of x behind row `id` of out. With m = floor(2^32 / d) + 1, id * m / 2^32 is the quotient
+    // or one more, for all id < 2^31.
+    static __device__ __forceinline__ uint32_t source_row(const GemmParams& p, int id) {
+      const uint32_t row = static_cast<uint32_t>(max(id, 0)), divisor = p.row_divisor;
+      if (divisor == 1) return row;
+      const uint32_t quotient = __umulhi(row, 0xffffffffu / divisor + 1);
+      return quotient - (quotient * divisor > row ? 1 : 0);
+    }
+  };
 
   // Column tiles past the end repeat the last one; the epilogue does not store them.
-  __device__ __forceinline__ int64_t stack_tile(int column_tile) const {
-    const int last_tile = (p_.n + kTile - 1) / kTile - 1;
-    const int n_tile = min(column_block_ * Config::kColumnTiles + column_tile, last_tile);
-    return static_cast<int64_t>(expert_) * p_.stack_n_tiles + p_.first_tile + n_tile;
+  static __device__ __forceinline__ int64_t stack_tile(const GemmParams& p, const Request& work,
+                                                       int column_tile) {
+    const int last_tile = (p.n + kTile - 1) / kTile - 1;
+    const int n_tile = min(work.column_block * Config::kColumnTiles + column_tile, last_tile);
+    return static_cast<int64_t>(work.expert) * p.stack_n_tiles + p.first_tile + n_tile;
   }
 
-  // from: [num_experts, stack_n_tiles, num_groups, 64]
-  __device__ __forceinline__ void copy_columns(Element (&to)[Storage::kHalves][Config::kColumns],
-                                               const void* from, int k_tile, int k_tile_end) {
-    constexpr int kRowVectors = Config::kColumns / kVector;
-#pragma unroll 1
-    for (int i = thread_; i < Storage::kHalves * kRowVectors; i += kWarpgroup) {
-      const int half = i / kRowVectors, vector = i % kRowVectors;
-      const int group = (k_tile * kTile + half * kHalf) / p_.group_size;
-      const bool valid = k_tile + half / 2 < k_tile_end && group < p_.num_groups;
-      const Element* source = static_cast<const Element*>(from);
-      if (valid) {
-        source += (stack_tile(vector / 8) * p_.num_groups + group) * kTile + vector % 8 * kVector;
+  static constexpr int kTileBytes = Config::kWordsPerTile * 4;
+
+  // Packed K tiles of one column tile are contiguous. K tiles missing in the last stage keep old
+  // codes: their rows of x are zero.
+  struct WeightRun {
+    const uint32_t* from;
+
+    __device__ __forceinline__ WeightRun(const GemmParams& p, const Request& work, int k_tile,
+                                         int column_tile) {
+      const int64_t tile = stack_tile(p, work, column_tile) * p.k_tiles + k_tile;
+      from = p.qweight + tile * Config::kWordsPerTile;
+    }
+    __device__ __forceinline__ void copy(typename Storage::Stage& stage, int k_tiles,
+                                         int column_tile, uint64_t* full) {
+      ptx::bulk_copy(stage.weights[column_tile], from, k_tiles * kTileBytes, full);
+      from += Config::kStageTiles * Config::kWordsPerTile;
+    }
+  };
+
+  static constexpr int kScaleRuns =
+      Storage::kScaleSets * Storage::kHalves * Config::kColumnTiles;
+  static constexpr int kScaleBytes = kTile * static_cast<int>(sizeof(Element));
+  static_assert(kScaleRuns <= 32, "a lane each");
+
+  // Scales, or zero points, of one column tile and one half K tile of every stage.
+  struct ScaleRun {
+    const Element* from;  // of the live group
+    int column_tile, half, set;
+    int k, group_size;    // k: this half's first, counted from the live group's first
+    int groups_left;      // after the live one
+    bool inside;
+
+    __device__ __forceinline__ ScaleRun(const GemmParams& p, const Request& work, int k_tile,
+                                        int run)
+        : column_tile(run % Config::kColumnTiles),
+          half(run / Config::kColumnTiles % Storage::kHalves),
+          set(run / (Config::kColumnTiles * Storage::kHalves)), group_size(p.group_size), inside(scales_change_inside(p)) {
+      const int first = k_tile * kTile + half * kHalf;
+      const int group = min(first / group_size, p.num_groups - 1);
+      k = first - group * group_size;
+      groups_left = p.num_groups - 1 - group;
+      from = static_cast<const Element*>(set == 0 ? p.scales : p.zero_points) +
+             (stack_tile(p, work, column_tile) * p.num_groups + group) * kTile;
+    }
+    __device__ __forceinline__ bool needed() const { return inside || half % 2 == 0; }
+    // Past the last group that one stays live: rows of x are zero there.
+    __device__ __forceinline__ void copy(typename Storage::Stage& stage, uint64_t* full) {
+      ptx::bulk_copy(&stage.scales[set][half][column_tile * kTile], from, kScaleBytes, full);
+      k += Config::kStageTiles * kTile;
+      while (k >= group_size && groups_left > 0) {
+        k -= group_size;
+        --groups_left;
+        from += kTile;
       }
-      ptx::cp_async(&to[half][vector * kVector], source, valid ? 16 : 0);
     }
-  }
-
-  // K tiles missing in the last stage keep old codes: their scales are zero, so they add nothing.
-  __device__ __forceinline__ void copy_weights(int k_tile, int k_tiles) {
-    constexpr int kTileBytes = Config::kWordsPerTile * 4;
-    auto& stage = storage_.stages[at_.slot];
-    uint64_t* full = &storage_.full[at_.slot];
-    ptx::mbarrier_arrive_expect(full, Config::kColumnTiles * k_tiles * kTileBytes);
-#pragma unroll 1
-    for (int tile = 0; tile < Config::kColumnTiles; ++tile) {
-      const int64_t from = (stack_tile(tile) * p_.k_tiles + k_tile) * Config::kWordsPerTile;
-      ptx::bulk_copy(stage.weights[tile], p_.qweight + from, k_tiles * kTileBytes, full);
-    }
-  }
+  };
 
   const GemmParams& p_;
   Storage& storage_;
   const int thread_;
+  const KRange k_;
   RingPosition<Storage::kStages> at_;
   RingPosition<kWorkSlots> work_at_;
-  int expert_ = 0, column_block_ = 0, finds_ = 0;
-  int row_[kRows];  // of out when published, then of x; -1 for padding
+  int counts_ = 0;
 };
 
 }  // namespace jax_marlin

@@ -39,28 +39,38 @@ class WorkOrder {
   int n_blocks_, row_blocks_;
 };
 
-// The expert of a row block; -1 when it is to be skipped.
-__device__ __forceinline__ int block_expert(const GemmParams& p, int row_block) {
-  if (p.sorted_token_ids == nullptr) {
-    const int expert = p.expert == nullptr ? 0 : *p.expert;
-    return min(max(expert, 0), p.num_experts - 1);
-  }
-  const int expert = p.expert_ids[row_block / p.sub_blocks];
-  return expert < p.num_experts ? expert : -1;
-}
-
-// Row of out that row i of a row block is; -1 for padding.
+// One row block: its expert, and which rows of out are its rows.
 template <class Config>
-__device__ __forceinline__ int block_row(const GemmParams& p, int row_block, int i) {
-  if (p.sorted_token_ids == nullptr) {
-    const int64_t row = static_cast<int64_t>(row_block) * Config::kTileM + i;
-    return row < p.out_rows ? static_cast<int>(row) : -1;
+struct RowBlock {
+  const int* ids;  // routed: sorted_token_ids of its rows; null when dense
+  int first;       // dense: row of out
+  int rows;        // how many to look at
+  int expert;      // -1: skip
+
+  __device__ __forceinline__ RowBlock(const GemmParams& p, int row_block) {
+    if (p.sorted_token_ids == nullptr) {
+      ids = nullptr;
+      first = row_block * Config::kTileM;
+      rows = static_cast<int>(min(p.out_rows - first, int64_t{Config::kTileM}));
+      expert = min(max(p.expert == nullptr ? 0 : *p.expert, 0), p.num_experts - 1);
+    } else {
+      const int routing_block = row_block / p.sub_blocks;
+      const int within = (row_block - routing_block * p.sub_blocks) * Config::kTileM;
+      first = routing_block * p.moe_block_size + within;
+      ids = p.sorted_token_ids + first;
+      rows = min(min(p.moe_block_size - within, p.slots - first), Config::kTileM);
+      expert = p.expert_ids[routing_block];
+      if (expert >= p.num_experts) expert = -1;
+    }
   }
-  const int within = row_block % p.sub_blocks * Config::kTileM + i;
-  const int64_t slot = static_cast<int64_t>(row_block / p.sub_blocks) * p.moe_block_size + within;
-  if (within >= p.moe_block_size || slot >= p.slots) return -1;
-  const int id = p.sorted_token_ids[slot];
-  return id < p.out_rows ? max(id, -1) : -1;
-}
+
+  // Row of out that row i is; -1 for padding.
+  __device__ __forceinline__ int row(const GemmParams& p, int i) const {
+    if (i >= rows) return -1;
+    if (ids == nullptr) return first + i;
+    const int id = ids[i];
+    return id < p.out_rows ? max(id, -1) : -1;
+  }
+};
 
 }  // namespace jax_marlin
