@@ -29,11 +29,6 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int v
                : "memory");
 }
 
-// All 16 bytes; a constant size spares the instructions that a variable one costs.
-__device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -88,6 +88,11 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
       : "memory");
 }
 
+// cp.async.cg of all 16 bytes: a size that varies costs more instructions than the copy.
+__device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
+}
+
 // fence.proxy.async: shared memory that threads wrote may be read by wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -116,6 +121,11 @@ __device__ __forceinline__ void cluster_wait() {
 // bar.sync among `threads` threads, whole warps, of a block; barrier 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// bar.arrive: counts for others' bar.sync without waiting.
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // setmaxnreg: a warpgroup gives registers back, or takes what others gave.

@@ -7,6 +7,9 @@
 namespace jax_marlin {
 
 constexpr int kWarpgroup = 128;
+constexpr int kProducerBarrier = 1;  // named barriers; 0 is __syncthreads
+constexpr int kStaggerBarrier = 2;
+constexpr int kGroupBarrier = 3;     // + warpgroup
 constexpr int kWorkSlots = 2;       // pieces of work whose description is in shared memory
 constexpr int kWgmmaMaxSplit = 8;   // blocks of a portable cluster
 
@@ -15,6 +18,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kTileM = tile.tile_m;
   static constexpr int kGroups = tile.groups;
   static constexpr int kGroupTiles = tile.group_tiles;
+  static constexpr int kCopyThreads = kWarpgroup * tile.copy_groups;
   static constexpr int kColumnTiles = tile.column_tiles();
   static constexpr int kColumns = tile.columns();
   static constexpr int kGroupColumns = kTile * kGroupTiles;
@@ -32,11 +36,17 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   // 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
   static constexpr int kSumPitch = kGroupColumns + 4;
 
+  // Two warpgroups alone on an SM start some stages apart, and stay so: while one stores its sums,
+  // the other has the tensor cores to itself.
+  static constexpr bool kStaggered = kGroups == 2 && kMinBlocks == 1;
+
   // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
   static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
-  static constexpr int kCopyRegisters = kMinBlocks > 1 ? 40 : kGroups > 2 ? 24 : 56;
+  static constexpr int kCopyRegisters =
+      tile.copy_groups > 1 ? 32 : kMinBlocks > 1 ? 40 : 56;
   static constexpr int kMultiplyRegisters =
-      ((kGroups + 1) * kEqualRegisters - kCopyRegisters) / kGroups / 8 * 8;
+      ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
+      kGroups / 8 * 8;
 
   static_assert(kTileM % kWidthStep == 0 && kTileM % kChunk == 0, "rows divide into widths");
   static_assert(4 % kBatch == 0 && 4 * kStageTiles / kBatch % 2 == 0,
@@ -66,7 +76,7 @@ struct WgmmaStorage {
   struct Rest {
     alignas(16) float sums[Config::kGroups][Config::kChunk][Config::kSumPitch];
     Work work[kWorkSlots];
-    int warp_rows[kWorkSlots][4];
+    int warp_rows[kWorkSlots][Config::kCopyThreads / 32];
     uint64_t work_full[kWorkSlots], work_empty[kWorkSlots];
     uint64_t parts_ready[Config::kGroups], parts_read[Config::kGroups];  // split K, of the cluster
   };
@@ -79,6 +89,7 @@ struct WgmmaStorage {
                                      ? kBudget / (static_cast<int>(sizeof(Stage)) + 16)
                                      : 16;
   static_assert(kStages >= 3, "copies run ahead of the products");
+  static constexpr int kLead = kStages - 2;  // of a staggered warpgroup: the ring holds no more
 
   Stage stages[kStages];
   Rest rest;

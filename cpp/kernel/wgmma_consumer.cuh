@@ -32,9 +32,13 @@ class Consumer {
   template <int width>
   __device__ __forceinline__ void multiply(int stages, WgmmaSums<Config>& sums) {
     if (stages == 0) return;
+    if (Config::kStaggered && group_ == 1 && stages_to_lead_ > 0) {
+      stages_to_lead_ = 0;
+      ptx::named_barrier(kStaggerBarrier, 2 * kWarpgroup);
+    }
     Operands operands;
     load(operands);
-    uint64_t* read = nullptr;  // empty barrier of the stage that products still read
+    int read = -1;  // slot of the stage that products still read
     for (int i = 0; i < stages; ++i) {
       const uint32_t x = ptx::shared_address(storage_.stages[at_.slot].x);
 #pragma unroll
@@ -45,20 +49,27 @@ class Consumer {
         issue<width>(a, batch, x, sums);
         ptx::wgmma_commit();
         if (batch == kBatches - 1) {
-          uint64_t* empty = &storage_.empty[at_.slot];
+          const int slot = at_.slot;
           at_.advance();
+          if (Config::kStaggered && group_ == 0 && stages_to_lead_ > 0 && --stages_to_lead_ == 0) {
+            ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
+          }
           // While the tensor cores are busy, what the next stage dequantizes arrives.
           if (i + 1 < stages) load(operands);
           ptx::wgmma_wait<1>();
-          read = empty;
+          read = slot;
         } else {
           ptx::wgmma_wait<1>();
-          if (batch == 0 && read != nullptr) release(read);
+          if (batch == 0 && read >= 0) release(read);
         }
       }
     }
     ptx::wgmma_wait<0>();
     release(read);
+    if (Config::kStaggered && group_ == 0 && stages_to_lead_ > 0) {  // K was short
+      stages_to_lead_ = 0;
+      ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
+    }
   }
 
  private:
@@ -145,13 +156,14 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void release(uint64_t* empty) {
-    if (thread_ % 32 == 0) ptx::mbarrier_arrive(empty);
+  __device__ __forceinline__ void release(int slot) {
+    if (thread_ % 32 == 0) ptx::mbarrier_arrive(&storage_.empty[slot]);
   }
 
   Storage& storage_;
   const int thread_, group_;
   const int second_half_;  // 1 when a tile's last 32 of K have scales of their own
+  int stages_to_lead_ = Storage::kLead;  // staggered: until the second warpgroup may start
   RingPosition<Storage::kStages> at_;
 };
 

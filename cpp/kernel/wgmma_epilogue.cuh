@@ -23,9 +23,10 @@ class WgmmaEpilogue {
         rank_(blockIdx.x % p.split_k) {}
 
   __device__ __forceinline__ void store(const Work& work, const WgmmaSums<Config>& sums) {
-    auto& shared = storage_.rest.sums[group_];
     const int n = work.column_block * Config::kColumns + group_ * Config::kGroupColumns +
                   thread_ % kRowVectors * kVector;
+    float bias[kVector] = {};
+    if (p_.bias != nullptr) load_bias(work.expert, n, bias);
 #pragma unroll 1
     for (int first = 0; first < work.rows; first += Config::kChunk) {
       wait_read();
@@ -34,15 +35,11 @@ class WgmmaEpilogue {
         if (chunk == first) share(sums, chunk);  // registers have no run-time index
       }
       sync();
-      if (p_.split_k > 1) exchange();
-      // Row r of the chunk is summed and stored by the block of rank r % split_k.
-      for (int r = thread_ / kRowVectors * p_.split_k + rank_; r < Config::kChunk;
-           r += kRowStep * p_.split_k) {
-        const int row = work.out_row[first + r];
-        if (row < 0 || n >= p_.n) continue;
-        float values[kVector];
-        load(&shared[r][thread_ % kRowVectors * kVector], values);
-        store_vector(work.expert, row, n, values);
+      if (p_.split_k > 1) {
+        exchange();
+        store_chunk<true>(work, first, n, bias);
+      } else {
+        store_chunk<false>(work, first, n, bias);
       }
       sync();
       if (p_.split_k > 1 && thread_ < p_.split_k) {
@@ -60,7 +57,7 @@ class WgmmaEpilogue {
   }
 
  private:
-  __device__ __forceinline__ void sync() { ptx::named_barrier(2 + group_, kWarpgroup); }
+  __device__ __forceinline__ void sync() { ptx::named_barrier(kGroupBarrier + group_, kWarpgroup); }
 
   __device__ __forceinline__ void share(const WgmmaSums<Config>& sums, int first) {
     auto& shared = storage_.rest.sums[group_];
@@ -87,59 +84,86 @@ class WgmmaEpilogue {
     ptx::mbarrier_wait<true>(&storage_.rest.parts_ready[group_], chunks_ % 2);
   }
 
-  __device__ __forceinline__ void load(const float* shared, float (&values)[kVector]) const {
-    const float4* own = reinterpret_cast<const float4*>(shared);
-    float4 sum[2] = {own[0], own[1]};
-    if (p_.split_k > 1) {
-      sum[0] = ptx::load_remote(own, 0);
-      sum[1] = ptx::load_remote(own + 1, 0);
-      for (int rank = 1; rank < p_.split_k; ++rank) {
+  // Rows [first, first + kChunk) of the tile, some at once so as to wait for memory less often. When
+  // K is split, row r is summed and stored by the block of rank r % split_k.
+  template <bool split>
+  __device__ __forceinline__ void store_chunk(const Work& work, int first, int n,
+                                              const float (&bias)[kVector]) {
+    constexpr int kPasses = (Config::kChunk + kRowStep - 1) / kRowStep;
+    constexpr int kTogether = split || kPasses < 2 ? 1 : 2;
+#pragma unroll 1
+    for (int pass = 0; pass < kPasses; pass += kTogether) {
+      int rows[kTogether];
+      float weights[kTogether];
+      alignas(16) float values[kTogether][kVector];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 part = ptx::load_remote(own + i, rank);
-          sum[i].x += part.x;
-          sum[i].y += part.y;
-          sum[i].z += part.z;
-          sum[i].w += part.w;
-        }
+      for (int i = 0; i < kTogether; ++i) {
+        const int r = (pass + i) * kRowStep + thread_ / kRowVectors;
+        const bool own = r < Config::kChunk && n < p_.n && (!split || r % p_.split_k == rank_);
+        rows[i] = own ? work.out_row[first + r] : -1;
+        if (rows[i] >= 0) load<split>(r, values[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const bool weighted = p_.topk_weights != nullptr && rows[i] >= 0;
+        weights[i] = weighted ? p_.topk_weights[rows[i]] : 1.f;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (rows[i] >= 0) store_vector(rows[i], n, weights[i], bias, values[i]);
       }
     }
+  }
+
+  // This thread's columns of row r: its own block's sums, or those of all ranks in order.
+  template <bool split>
+  __device__ __forceinline__ void load(int r, float (&values)[kVector]) const {
+    const float4* own = reinterpret_cast<const float4*>(
+        &storage_.rest.sums[group_][r][thread_ % kRowVectors * kVector]);
+    float4(&sums)[2] = reinterpret_cast<float4(&)[2]>(values);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      values[4 * i] = sum[i].x;
-      values[4 * i + 1] = sum[i].y;
-      values[4 * i + 2] = sum[i].z;
-      values[4 * i + 3] = sum[i].w;
+    for (int i = 0; i < 2; ++i) sums[i] = split ? ptx::load_remote(own + i, 0) : own[i];
+#pragma unroll 1
+    for (int rank = 1; split && rank < p_.split_k; ++rank) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 part = ptx::load_remote(own + i, rank);
+        sums[i].x += part.x;
+        sums[i].y += part.y;
+        sums[i].z += part.z;
+        sums[i].w += part.w;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_bias(int expert, int n, float (&bias)[kVector]) const {
+    const int64_t stack_column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
+    const Element* from =
+        static_cast<const Element*>(p_.bias) + expert * p_.bias_stride + stack_column;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (n + i < p_.n) bias[i] = Config::to_float(from[i]);
     }
   }
 
   // Bias and router weight in float32, then rounded once. Columns past n are dropped.
-  __device__ __forceinline__ void store_vector(int expert, int64_t row, int n,
+  __device__ __forceinline__ void store_vector(int64_t row, int n, float weight,
+                                               const float (&bias)[kVector],
                                                float (&values)[kVector]) const {
-    const float weight = p_.topk_weights == nullptr ? 1.f : p_.topk_weights[row];
-    const int columns = min(p_.n - n, kVector);
-    if (p_.weights_before_bias) scale(values, weight);
-    if (p_.bias != nullptr) {
-      const int64_t stack_column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
-      const Element* bias =
-          static_cast<const Element*>(p_.bias) + expert * p_.bias_stride + stack_column;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        if (i < columns) values[i] += Config::to_float(bias[i]);
-      }
-    }
-    if (!p_.weights_before_bias) scale(values, weight);
-
     alignas(16) Element narrow[kVector];
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) narrow[i] = Config::from_float(values[i]);
+    for (int i = 0; i < kVector; ++i) {
+      values[i] = p_.weights_before_bias ? values[i] * weight + bias[i]
+                                         : (values[i] + bias[i]) * weight;
+      narrow[i] = Config::from_float(values[i]);
+    }
     const int64_t at = row * p_.n + n;
     float* wide_out = static_cast<float*>(p_.out) + at;
     Element* out = static_cast<Element*>(p_.out) + at;
     if (p_.n % kVector == 0) {
       if (p_.out_is_float32) {
-        reinterpret_cast<float4*>(wide_out)[0] = *reinterpret_cast<const float4*>(values);
-        reinterpret_cast<float4*>(wide_out)[1] = *reinterpret_cast<const float4*>(values + 4);
+        reinterpret_cast<float4*>(wide_out)[0] = reinterpret_cast<const float4*>(values)[0];
+        reinterpret_cast<float4*>(wide_out)[1] = reinterpret_cast<const float4*>(values)[1];
       } else {
         *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(narrow);
       }
@@ -147,17 +171,12 @@ class WgmmaEpilogue {
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i >= columns) break;
+      if (n + i >= p_.n) break;
       if (p_.out_is_float32)
         wide_out[i] = values[i];
       else
         out[i] = narrow[i];
     }
-  }
-
-  static __device__ __forceinline__ void scale(float (&values)[kVector], float weight) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) values[i] *= weight;
   }
 
   const GemmParams& p_;

@@ -1,7 +1,7 @@
 // The GEMM on Hopper: Yt = Wt Xt with wgmma, for more rows than mma.sync serves well.
 //
-// Blocks stay for many pieces of work. Warpgroup 0 copies, the others multiply and store; the
-// copies of the next piece run while this one is stored.
+// Blocks stay for many pieces of work. The first warpgroups copy, the others multiply and store;
+// the copies of the next piece run while this one is stored.
 #pragma once
 
 #include "wgmma_epilogue.cuh"
@@ -13,11 +13,11 @@ template <class Config>
 __device__ __forceinline__ void init_barriers(const GemmParams& p, WgmmaStorage<Config>& storage) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < WgmmaStorage<Config>::kStages; ++i) {
-      ptx::mbarrier_init(&storage.full[i], kWarpgroup + 1);  // + 1: the bulk copies
+      ptx::mbarrier_init(&storage.full[i], Config::kCopyThreads + 1);  // + 1: the bulk copies
       ptx::mbarrier_init(&storage.empty[i], 4 * Config::kGroups);  // a lane of each warp
     }
     for (int i = 0; i < kWorkSlots; ++i) {
-      ptx::mbarrier_init(&storage.rest.work_full[i], kWarpgroup);
+      ptx::mbarrier_init(&storage.rest.work_full[i], Config::kCopyThreads);
       ptx::mbarrier_init(&storage.rest.work_empty[i], kWarpgroup * Config::kGroups);
     }
     for (int i = 0; i < Config::kGroups; ++i) {
@@ -78,13 +78,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& storage = *reinterpret_cast<WgmmaStorage<Config>*>(shared);
   init_barriers<Config>(p, storage);
-  const int warpgroup = threadIdx.x / kWarpgroup;
-  if (warpgroup == 0) {
+  if (threadIdx.x < Config::kCopyThreads) {
     ptx::release_registers<Config::kCopyRegisters>();
     Producer<Config>(p, storage).run();
   } else {
     ptx::take_registers<Config::kMultiplyRegisters>();
-    consume<Config>(p, storage, warpgroup - 1);
+    consume<Config>(p, storage, (threadIdx.x - Config::kCopyThreads) / kWarpgroup);
   }
 #endif
 }

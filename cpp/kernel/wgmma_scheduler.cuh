@@ -39,20 +39,20 @@ class WorkOrder {
   int n_blocks_, row_blocks_;
 };
 
-// One row block: its expert, and which rows of out are its rows.
+// One row block: its expert, and which rows of out are its rows. What it loads is not looked at
+// until `checked_*`, so that the caller can do other work meanwhile.
 template <class Config>
 struct RowBlock {
   const int* ids;  // routed: sorted_token_ids of its rows; null when dense
   int first;       // dense: row of out
   int rows;        // how many to look at
-  int expert;      // -1: skip
 
-  __device__ __forceinline__ RowBlock(const GemmParams& p, int row_block) {
+  __device__ __forceinline__ RowBlock(const GemmParams& p, int row_block, int& expert) {
     if (p.sorted_token_ids == nullptr) {
       ids = nullptr;
       first = row_block * Config::kTileM;
       rows = static_cast<int>(min(p.out_rows - first, int64_t{Config::kTileM}));
-      expert = min(max(p.expert == nullptr ? 0 : *p.expert, 0), p.num_experts - 1);
+      expert = p.expert == nullptr ? 0 : *p.expert;
     } else {
       const int routing_block = row_block / p.sub_blocks;
       const int within = (row_block - routing_block * p.sub_blocks) * Config::kTileM;
@@ -60,17 +60,23 @@ struct RowBlock {
       ids = p.sorted_token_ids + first;
       rows = min(min(p.moe_block_size - within, p.slots - first), Config::kTileM);
       expert = p.expert_ids[routing_block];
-      if (expert >= p.num_experts) expert = -1;
     }
   }
 
-  // Row of out that row i is; -1 for padding.
-  __device__ __forceinline__ int row(const GemmParams& p, int i) const {
-    if (i >= rows) return -1;
-    if (ids == nullptr) return first + i;
-    const int id = ids[i];
-    return id < p.out_rows ? max(id, -1) : -1;
+  __device__ __forceinline__ int row(int i) const {
+    return i >= rows ? -1 : ids == nullptr ? first + i : ids[i];
   }
 };
+
+// -1: skip the block.
+__device__ __forceinline__ int checked_expert(const GemmParams& p, int expert) {
+  if (p.sorted_token_ids == nullptr) return min(max(expert, 0), p.num_experts - 1);
+  return expert < p.num_experts ? expert : -1;
+}
+
+// -1: padding.
+__device__ __forceinline__ int checked_row(const GemmParams& p, int row) {
+  return row < p.out_rows ? max(row, -1) : -1;
+}
 
 }  // namespace jax_marlin
