@@ -78,6 +78,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
   } while (done == 0);
 }
 
+// One look at the phase, to be followed by other work and then, if false, by a wait.
+__device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // cp.async.bulk: contiguous bytes, a multiple of 16, completing on a barrier.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {

@@ -43,7 +43,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
   static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
   static constexpr int kCopyRegisters =
-      tile.copy_groups > 1 ? 32 : kMinBlocks > 1 ? 40 : 56;
+      kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32 : 56;
   static constexpr int kMultiplyRegisters =
       ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
       kGroups / 8 * 8;

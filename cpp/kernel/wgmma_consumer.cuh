@@ -37,7 +37,8 @@ class Consumer {
       ptx::named_barrier(kStaggerBarrier, 2 * kWarpgroup);
     }
     Operands operands;
-    load(operands);
+    load(operands, false);
+    bool ready = false;  // the next stage is known to be full
     int read = -1;  // slot of the stage that products still read
     for (int i = 0; i < stages; ++i) {
       const uint32_t x = ptx::shared_address(storage_.stages[at_.slot].x);
@@ -55,10 +56,15 @@ class Consumer {
             ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
           }
           // While the tensor cores are busy, what the next stage dequantizes arrives.
-          if (i + 1 < stages) load(operands);
+          if (i + 1 < stages) load(operands, ready);
           ptx::wgmma_wait<1>();
           read = slot;
         } else {
+          if (batch == kBatches - 2 && i + 1 < stages) {
+            RingPosition<Storage::kStages> next = at_;
+            next.advance();
+            ready = ptx::mbarrier_try_wait(&storage_.full[next.slot], next.parity);
+          }
           ptx::wgmma_wait<1>();
           if (batch == 0 && read >= 0) release(read);
         }
@@ -81,9 +87,9 @@ class Consumer {
     Pair scales[Storage::kScaleSets][Storage::kHalves][Config::kGroupTiles];
   };
 
-  // Waits for the stage at at_.
-  __device__ __forceinline__ void load(Operands& operands) const {
-    ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
+  // Waits for the stage at at_, unless it is known to be full.
+  __device__ __forceinline__ void load(Operands& operands, bool ready) const {
+    if (!ready) ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
     ptx::fence_proxy_async();
     const Stage& stage = storage_.stages[at_.slot];
 #pragma unroll

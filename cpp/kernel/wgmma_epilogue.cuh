@@ -25,8 +25,6 @@ class WgmmaEpilogue {
   __device__ __forceinline__ void store(const Work& work, const WgmmaSums<Config>& sums) {
     const int n = work.column_block * Config::kColumns + group_ * Config::kGroupColumns +
                   thread_ % kRowVectors * kVector;
-    float bias[kVector] = {};
-    if (p_.bias != nullptr) load_bias(work.expert, n, bias);
 #pragma unroll 1
     for (int first = 0; first < work.rows; first += Config::kChunk) {
       wait_read();
@@ -37,9 +35,9 @@ class WgmmaEpilogue {
       sync();
       if (p_.split_k > 1) {
         exchange();
-        store_chunk<true>(work, first, n, bias);
+        store_chunk<true>(work, first, n);
       } else {
-        store_chunk<false>(work, first, n, bias);
+        store_chunk<false>(work, first, n);
       }
       sync();
       if (p_.split_k > 1 && thread_ < p_.split_k) {
@@ -87,10 +85,10 @@ class WgmmaEpilogue {
   // Rows [first, first + kChunk) of the tile, some at once so as to wait for memory less often. When
   // K is split, row r is summed and stored by the block of rank r % split_k.
   template <bool split>
-  __device__ __forceinline__ void store_chunk(const Work& work, int first, int n,
-                                              const float (&bias)[kVector]) {
+  __device__ __forceinline__ void store_chunk(const Work& work, int first, int n) {
     constexpr int kPasses = (Config::kChunk + kRowStep - 1) / kRowStep;
-    constexpr int kTogether = split || kPasses < 2 ? 1 : 2;
+    constexpr bool kRoomy = Config::kMultiplyRegisters > 128;
+    constexpr int kTogether = kRoomy && !split && kPasses % 2 == 0 ? 2 : 1;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kTogether) {
       int rows[kTogether];
@@ -110,7 +108,7 @@ class WgmmaEpilogue {
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        if (rows[i] >= 0) store_vector(rows[i], n, weights[i], bias, values[i]);
+        if (rows[i] >= 0) store_vector(work.expert, rows[i], n, weights[i], values[i]);
       }
     }
   }
@@ -136,25 +134,15 @@ class WgmmaEpilogue {
     }
   }
 
-  __device__ __forceinline__ void load_bias(int expert, int n, float (&bias)[kVector]) const {
-    const int64_t stack_column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
-    const Element* from =
-        static_cast<const Element*>(p_.bias) + expert * p_.bias_stride + stack_column;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (n + i < p_.n) bias[i] = Config::to_float(from[i]);
-    }
-  }
-
   // Bias and router weight in float32, then rounded once. Columns past n are dropped.
-  __device__ __forceinline__ void store_vector(int64_t row, int n, float weight,
-                                               const float (&bias)[kVector],
+  __device__ __forceinline__ void store_vector(int expert, int64_t row, int n, float weight,
                                                float (&values)[kVector]) const {
     alignas(16) Element narrow[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      values[i] = p_.weights_before_bias ? values[i] * weight + bias[i]
-                                         : (values[i] + bias[i]) * weight;
+      if (p_.weights_before_bias) values[i] *= weight;
+      if (p_.bias != nullptr && n + i < p_.n) values[i] += bias(expert, n + i);
+      if (!p_.weights_before_bias) values[i] *= weight;
       narrow[i] = Config::from_float(values[i]);
     }
     const int64_t at = row * p_.n + n;
@@ -177,6 +165,12 @@ class WgmmaEpilogue {
       else
         out[i] = narrow[i];
     }
+  }
+
+  __device__ __forceinline__ float bias(int expert, int n) const {
+    const int64_t stack_column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
+    return Config::to_float(
+        static_cast<const Element*>(p_.bias)[expert * p_.bias_stride + stack_column]);
   }
 
   const GemmParams& p_;

@@ -3,7 +3,7 @@
 //
 // All its threads gather x and scales with cp.async; a lane of each warp requests one column tile's
 // weights as a bulk copy. A stage costs the products 500 to 1000 clocks and must cost less here:
-// every thread keeps a pointer for each of its copies and only adds to them.
+// every thread keeps an offset for each of its rows.
 #pragma once
 
 #include "ptx_sm90.cuh"
@@ -104,7 +104,7 @@ class Producer {
     const int warp = thread_ / 32;
     WeightRun weights(p_, work, k_.begin, warp);
     ScaleRun scales(p_, work, k_.begin, Config::kCopyThreads - 1 - thread_);
-    XRows x(p_, work, k_.begin, thread_);
+    const XRows x(p_, work, thread_);
     const bool copies_weights = thread_ % 32 == 0 && warp < Config::kColumnTiles;
     const int x_end = min(k_.end * kTile, p_.k);
     for (int k_tile = k_.begin; k_tile < k_.end; k_tile += Config::kStageTiles) {
@@ -117,7 +117,7 @@ class Producer {
       }
       if (copies_weights) weights.copy(stage, k_tiles, warp, full);
       if ((k_tile + Config::kStageTiles) * kTile <= x_end) {
-        x.copy(stage);
+        x.copy(p_, stage, k_tile);
       } else {
         x.copy_end(p_, stage, k_tile, x_end);
       }
@@ -130,37 +130,36 @@ class Producer {
   // Rows of x that this thread gathers, one vector of each every 64 of K. Padding rows keep what
   // they held: only their own columns of the product depend on it, and those are not stored.
   struct XRows {
-    const uint4* from[kRows];  // in the next stage's first K tile
-    uint32_t used = 0;         // bit i: row i is no padding
-    int vector, swizzled;      // place of row 0, in bytes
+    uint32_t offset[kRows];  // from x, in vectors
+    uint32_t used = 0;       // bit i: row i is no padding
+    int vector, swizzled;    // place of row 0, in bytes
 
-    __device__ __forceinline__ XRows(const GemmParams& p, const Request& work, int k_tile,
-                                     int thread)
+    __device__ __forceinline__ XRows(const GemmParams& p, const Request& work, int thread)
         : vector(thread % 8) {
       const int row = thread / 8;
       swizzled = (row * kTile + (vector ^ row % 8) * kVector) * static_cast<int>(sizeof(Element));
-      const uint4* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors + vector;
+      const uint32_t row_vectors = static_cast<uint32_t>(p.x_stride / kVector);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (work.row[i] >= 0) used |= 1u << i;
-        from[i] = x + source_row(p, work.row[i]) * (p.x_stride / kVector);
+        offset[i] = source_row(p, work.row[i]) * row_vectors + vector;
       }
     }
 
     // K tiles that are whole.
-    __device__ __forceinline__ void copy(typename Storage::Stage& stage) {
+    __device__ __forceinline__ void copy(const GemmParams& p, typename Storage::Stage& stage,
+                                         int k_tile) const {
       const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
+      const uint4* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors;
 #pragma unroll
       for (int t = 0; t < Config::kStageTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           if (used >> i & 1) {
-            ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, from[i] + t * kTileVectors);
+            ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, x + t * kTileVectors + offset[i]);
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) from[i] += Config::kStageTiles * kTileVectors;
     }
 
     // The last stage, where K ends inside it: what lies past the end is zero.
@@ -168,14 +167,17 @@ class Producer {
                                              int k_tile, int k_end) const {
 #pragma unroll 1
       for (int t = 0; t < Config::kStageTiles; ++t) {
-        const int k = (k_tile + t) * kTile + vector * kVector;
-        const int valid = min(max(k_end - k, 0), kVector) * static_cast<int>(sizeof(Element));
+        const int k = (k_tile + t) * kTile;
+        const int valid = min(max(k_end - k - vector * kVector, 0), kVector);
+        // A copy of 0 bytes writes zeros but still wants an address inside the array.
+        const uint4* x = static_cast<const uint4*>(p.x) + (valid == 0 ? -vector : k / kVector);
         unsigned char* to = reinterpret_cast<unsigned char*>(&stage.x[t]) + swizzled;
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          // A copy of 0 bytes writes zeros but still wants an address inside the array.
-          const void* source = valid == 0 ? p.x : from[i] + t * kTileVectors;
-          if (used >> i & 1) ptx::cp_async(to + i * kStepBytes, source, valid);
+          if (used >> i & 1) {
+            ptx::cp_async(to + i * kStepBytes, x + offset[i],
+                          valid * static_cast<int>(sizeof(Element)));
+          }
         }
       }
     }
@@ -187,7 +189,7 @@ class Producer {
 
     // Row of x behind row `id` of out. With m = floor((2^32 - 1) / d) + 1, id * m / 2^32 is the
     // quotient or one more, for all id < 2^31.
-    static __device__ __forceinline__ int64_t source_row(const GemmParams& p, int id) {
+    static __device__ __forceinline__ uint32_t source_row(const GemmParams& p, int id) {
       const uint32_t row = static_cast<uint32_t>(max(id, 0)), divisor = p.row_divisor;
       if (divisor == 1) return row;
       const uint32_t quotient = __umulhi(row, 0xffffffffu / divisor + 1);
