@@ -10,6 +10,8 @@
 #include "ffi/handlers.h"
 #include "launch/select_tile.h"
 #include "launch/tile_table.h"
+#include "launch/wgmma/select_tile.h"
+#include "launch/wgmma/tile_table.h"
 
 namespace nb = nanobind;
 
@@ -60,6 +62,32 @@ nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, i
   return result;
 }
 
+nb::list wgmma_table() {
+  nb::list rows;
+  for (const WgmmaTileRow& row : kWgmmaTable) {
+    nb::dict tile;
+    tile["tile_m"] = row.tile.tile_m;
+    tile["columns"] = row.tile.columns();
+    tile["stage_tiles"] = row.tile.stage_tiles;
+    tile["min_blocks"] = row.tile.min_blocks;
+    rows.append(tile);
+  }
+  return rows;
+}
+
+nb::dict choose_wgmma_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count) {
+  const GemmProblem problem = {rows, moe_block_size, k, n, bits};
+  const WgmmaTileChoice choice = select_wgmma_tile(problem, sm_count);
+  nb::dict result;
+  result["preferred"] = prefers_wgmma(problem);
+  result["tile"] = choice.tile;
+  result["sub_blocks"] = choice.sub_blocks;
+  result["row_blocks"] = choice.row_blocks;
+  result["n_blocks"] = choice.n_blocks;
+  result["split_k"] = choice.split_k;
+  return result;
+}
+
 }  // namespace
 
 NB_MODULE(_jax_marlin, m) {
@@ -70,6 +98,9 @@ NB_MODULE(_jax_marlin, m) {
   m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"));
+  m.def("wgmma_table", &wgmma_table, "The rows that select_wgmma_tile chooses from.");
+  m.def("select_wgmma_tile", &choose_wgmma_tile, nb::arg("rows"), nb::arg("moe_block_size"),
+        nb::arg("k"), nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"));
   m.def(
       "scratch_bytes",
       [](int64_t rows, int moe_block_size, int k, int n, int bits) {

@@ -1,5 +1,6 @@
 // FFI handler of matmul: dense rows times one expert of a stack.
 
+#include "../launch/wgmma/launch.h"
 #include "handlers.h"
 #include "stack_operands.h"
 
@@ -42,8 +43,12 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   int sm_count = 0;
   const cudaError_t counted = current_sm_count(&sm_count);
   if (counted != cudaSuccess) return cuda_status(kOp, counted);
-  const TileChoice choice =
-      select_tile({params.out_rows, 0, params.k, params.n, static_cast<int>(bits)}, sm_count);
+  const GemmProblem problem = {params.out_rows, 0, params.k, params.n, static_cast<int>(bits)};
+  if (prefers_wgmma(problem) && has_wgmma()) {
+    return cuda_status(kOp, launch_wgmma_gemm(params, select_wgmma_tile(problem, sm_count),
+                                              stack.element(), problem.bits, sm_count, stream));
+  }
+  const TileChoice choice = select_tile(problem, sm_count);
   checks.require(static_cast<int64_t>(scratch->size_bytes()) >= scratch_bytes(choice), "scratch",
                  "smaller than " + std::to_string(scratch_bytes(choice)) + " bytes");
   if (!checks.ok()) return checks.error();

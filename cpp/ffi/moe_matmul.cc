@@ -1,5 +1,6 @@
 // FFI handler of moe_matmul: routed rows times the experts of a stack, in one GEMM launch.
 
+#include "../launch/wgmma/launch.h"
 #include "handlers.h"
 #include "stack_operands.h"
 
@@ -93,8 +94,10 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   int sm_count = 0;
   cudaError_t status = current_sm_count(&sm_count);
   if (status != cudaSuccess) return cuda_status(kOp, status);
-  const TileChoice choice = select_tile(
-      {params.slots, params.moe_block_size, params.k, params.n, static_cast<int>(bits)}, sm_count);
+  const GemmProblem problem = {params.slots, params.moe_block_size, params.k, params.n,
+                               static_cast<int>(bits)};
+  const bool wgmma = prefers_wgmma(problem) && has_wgmma();
+  const TileChoice choice = select_tile(problem, sm_count);
   checks.require(static_cast<int64_t>(scratch->size_bytes()) >= scratch_bytes(choice), "scratch",
                  "smaller than " + std::to_string(scratch_bytes(choice)) + " bytes");
   if (!checks.ok()) return checks.error();
@@ -104,9 +107,12 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   if (status == cudaSuccess && perm.element_count() != 0) {
     status = gather(params, perm, *gathered, stream);
   }
-  if (status == cudaSuccess) {
-    status = launch_gemm(params, choice, stack.element(), static_cast<int>(bits),
-                         scratch->untyped_data(), stream);
+  if (status == cudaSuccess && wgmma) {
+    status = launch_wgmma_gemm(params, select_wgmma_tile(problem, sm_count), stack.element(),
+                               problem.bits, sm_count, stream);
+  } else if (status == cudaSuccess) {
+    status = launch_gemm(params, choice, stack.element(), problem.bits, scratch->untyped_data(),
+                         stream);
   }
   return cuda_status(kOp, status);
 }
