@@ -33,14 +33,18 @@ WgmmaTileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
 
 int64_t estimate(const GemmProblem& problem, const WgmmaTileChoice& choice, int sm_count) {
   const WgmmaTileRow& row = kWgmmaTable[choice.tile];
-  const int64_t blocks = choice.row_blocks * choice.n_blocks * choice.split_k;
-  const int64_t waves = ceil_div(blocks, static_cast<int64_t>(sm_count) * row.tile.min_blocks);
-  const int64_t k_tiles = ceil_div(ceil_div(problem.k, kTile), choice.split_k);
-  const int k_tile = blocks <= sm_count ? row.alone : row.full;
-  // Parts of K meet in shared memory of the cluster, row by row.
-  const int64_t exchange =
-      choice.split_k == 1 ? 0 : 2500 + int64_t{row.tile.tile_m} * row.tile.columns() * 6 / 10;
-  return waves * (k_tiles * k_tile + row.fixed) + exchange;
+  const int64_t split_k = choice.split_k;
+  const int64_t blocks = choice.row_blocks * choice.n_blocks * split_k;
+  const int64_t resident = static_cast<int64_t>(sm_count) * row.tile.min_blocks;
+  const int64_t k_tiles = ceil_div(ceil_div(problem.k, kTile), split_k);
+  const int64_t block = k_tiles * (blocks <= sm_count ? row.alone : row.full) + row.fixed;
+  // How many row blocks a routing uses is known to the device alone: no whole waves to count.
+  const bool routed = problem.moe_block_size > 0;
+  const int64_t all = routed ? std::max(block * blocks / resident, block)
+                             : ceil_div(blocks, resident) * block;
+  // Parts of K meet in shared memory of the cluster; the more parts the later the last.
+  const int64_t elements = int64_t{row.tile.tile_m} * row.tile.columns();
+  return all + (split_k == 1 ? 0 : split_k * (750 * split_k + elements / 5));
 }
 
 }  // namespace
@@ -62,7 +66,8 @@ WgmmaTileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
     for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
       const WgmmaTileChoice choice = choice_of(problem, tile, split_k);
       const int64_t blocks = choice.row_blocks * choice.n_blocks * split_k;
-      const bool fits = blocks <= static_cast<int64_t>(sm_count) * t.min_blocks;
+      const int64_t resident = static_cast<int64_t>(sm_count) * (split_k == 2 ? t.min_blocks : 1);
+      const bool fits = blocks <= resident;
       const bool deep = ceil_div(problem.k, kTile) >= 4 * int64_t{split_k} * t.stage_tiles;
       if (split_k > 1 && !(fits && deep)) break;
       const int64_t clocks = estimate(problem, choice, sm_count);

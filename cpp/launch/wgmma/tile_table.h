@@ -13,22 +13,19 @@ struct WgmmaTileRow {
   int fixed;  // the rest of a piece of work: routing tables, first stages, stores
 };
 
+// tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups}
 constexpr WgmmaTileRow kWgmmaTable[] = {
     // Few rows: weights stream at the speed of memory, two or three blocks an SM hide the rest.
-    {{.tile_m = 32, .groups = 1, .group_tiles = 1, .stage_tiles = 2, .batch = 4, .min_blocks = 3,
-      .copy_groups = 1}, 265, 600, 4000},
-    {{.tile_m = 32, .groups = 2, .group_tiles = 1, .stage_tiles = 2, .batch = 4, .min_blocks = 2,
-      .copy_groups = 1}, 400, 750, 4000},
-    {{.tile_m = 64, .groups = 2, .group_tiles = 1, .stage_tiles = 1, .batch = 2, .min_blocks = 2,
-      .copy_groups = 1}, 620, 850, 5000},
+    {{32, 1, 1, 2, 4, 3, 1}, 285, 600, 4000},
+    {{32, 2, 1, 2, 4, 2, 1}, 390, 750, 4000},
+    {{64, 2, 1, 1, 2, 2, 1}, 650, 1030, 5000},
     // Twice the columns read x half as often.
-    {{.tile_m = 64, .groups = 2, .group_tiles = 2, .stage_tiles = 1, .batch = 1, .min_blocks = 1,
-      .copy_groups = 1}, 960, 960, 7000},
-    // Many rows: the tensor cores are the limit; the narrow tile for what fills no GPU otherwise.
-    {{.tile_m = 128, .groups = 2, .group_tiles = 1, .stage_tiles = 1, .batch = 2, .min_blocks = 1,
-      .copy_groups = 2}, 860, 860, 7000},
-    {{.tile_m = 128, .groups = 2, .group_tiles = 2, .stage_tiles = 1, .batch = 1, .min_blocks = 1,
-      .copy_groups = 1}, 1380, 1380, 10000},
+    {{64, 4, 1, 1, 2, 1, 1}, 830, 830, 6000},
+    // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
+    // narrow ones leave fewer multiprocessors idle in the last wave.
+    {{128, 2, 1, 1, 2, 1, 2}, 820, 820, 6000},
+    {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 8000},
+    {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 9000},
 };
 constexpr int kNumWgmmaTiles = sizeof(kWgmmaTable) / sizeof(kWgmmaTable[0]);
 
