@@ -21,7 +21,7 @@ def problems():
 def test_choice_covers_the_problem():
     table = _jax_marlin.wgmma_table()
     for problem, sm_count in itertools.product(problems(), SM_COUNTS):
-        rows, block, k, n, _ = problem
+        rows, block, _, n, _ = problem
         choice = _jax_marlin.select_wgmma_tile(*problem, sm_count)
         tile = table[choice["tile"]]
         assert choice["n_blocks"] * tile["columns"] >= n

@@ -111,8 +111,8 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
     status = launch_wgmma_gemm(params, select_wgmma_tile(problem, sm_count), stack.element(),
                                problem.bits, sm_count, stream);
   } else if (status == cudaSuccess) {
-    status = launch_gemm(params, choice, stack.element(), problem.bits, scratch->untyped_data(),
-                         stream);
+    status =
+        launch_gemm(params, choice, stack.element(), problem.bits, scratch->untyped_data(), stream);
   }
   return cuda_status(kOp, status);
 }

@@ -42,8 +42,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
 
   // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
   static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
-  static constexpr int kCopyRegisters =
-      kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32 : 56;
+  static constexpr int kCopyRegisters = kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32 : 56;
   static constexpr int kMultiplyRegisters =
       ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
       kGroups / 8 * 8;
@@ -60,7 +59,7 @@ struct WgmmaStorage {
   static constexpr int kScaleSets = Config::kStoredZeroPoints ? 2 : 1;
 
   struct alignas(1024) Stage {
-    Element x[Config::kStageTiles][Config::kTileM][kTile];  // swizzled: wgmma_instruction.cuh
+    Element x[Config::kStageTiles][Config::kTileM][kTile];  // swizzled: ptx_wgmma.cuh
     alignas(16) uint32_t weights[Config::kColumnTiles][Config::kStageTiles][Config::kWordsPerTile];
     alignas(16) Element scales[kScaleSets][kHalves][Config::kColumns];  // then zero points
   };
@@ -81,8 +80,8 @@ struct WgmmaStorage {
     uint64_t parts_ready[Config::kGroups], parts_read[Config::kGroups];  // split K, of the cluster
   };
 
-  static constexpr int kLimit = 227 * 1024;   // of one block on sm_90
-  static constexpr int kReserved = 1024;      // of each block, taken by the system
+  static constexpr int kLimit = 227 * 1024;  // of one block on sm_90
+  static constexpr int kReserved = 1024;  // of each block, taken by the system
   static constexpr int kBudget =
       (kLimit + kReserved) / Config::kMinBlocks - kReserved - static_cast<int>(sizeof(Rest)) - 128;
   static constexpr int kStages = kBudget / (static_cast<int>(sizeof(Stage)) + 16) < 16

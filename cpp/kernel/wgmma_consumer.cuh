@@ -7,8 +7,8 @@
 #include "dequant.cuh"
 #include "params.h"
 #include "ptx_sm90.cuh"
+#include "ptx_wgmma.cuh"
 #include "wgmma_config.cuh"
-#include "wgmma_instruction.cuh"
 
 namespace jax_marlin {
 
@@ -25,7 +25,9 @@ class Consumer {
  public:
   // group: this warpgroup's place along the columns.
   __device__ __forceinline__ Consumer(const GemmParams& p, Storage& storage, int group)
-      : storage_(storage), thread_(threadIdx.x % kWarpgroup), group_(group),
+      : storage_(storage),
+        thread_(threadIdx.x % kWarpgroup),
+        group_(group),
         second_half_(scales_change_inside(p) ? 1 : 0) {}
 
   // sums += product over `stages` stages, rows [0, width * kWidthStep) of the tile.
@@ -146,9 +148,8 @@ class Consumer {
   }
 
   template <int width>
-  __device__ __forceinline__ void issue(
-      const uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4], int batch, uint32_t x,
-      WgmmaSums<Config>& sums) const {
+  __device__ __forceinline__ void issue(const uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4],
+                                        int batch, uint32_t x, WgmmaSums<Config>& sums) const {
     constexpr int kTileBytes = sizeof(Stage::x[0]);
 #pragma unroll
     for (int s = 0; s < Config::kBatch; ++s) {

@@ -2,9 +2,9 @@
 // when a cluster splits K, each block adds the parts of all in rank order for its share of rows.
 #pragma once
 
+#include "params.h"
 #include "ptx_sm90.cuh"
 #include "wgmma_consumer.cuh"
-#include "params.h"
 
 namespace jax_marlin {
 
@@ -19,7 +19,10 @@ class WgmmaEpilogue {
 
  public:
   __device__ __forceinline__ WgmmaEpilogue(const GemmParams& p, Storage& storage, int group)
-      : p_(p), storage_(storage), group_(group), thread_(threadIdx.x % kWarpgroup),
+      : p_(p),
+        storage_(storage),
+        group_(group),
+        thread_(threadIdx.x % kWarpgroup),
         rank_(blockIdx.x % p.split_k) {}
 
   __device__ __forceinline__ void store(const Work& work, const WgmmaSums<Config>& sums) {
@@ -82,8 +85,8 @@ class WgmmaEpilogue {
     ptx::mbarrier_wait<true>(&storage_.rest.parts_ready[group_], chunks_ % 2);
   }
 
-  // Rows [first, first + kChunk) of the tile, some at once so as to wait for memory less often. When
-  // K is split, row r is summed and stored by the block of rank r % split_k.
+  // Rows [first, first + kChunk) of the tile, some at once so as to wait for memory less often.
+  // When K is split, row r is summed and stored by the block of rank r % split_k.
   template <bool split>
   __device__ __forceinline__ void store_chunk(const Work& work, int first, int n) {
     constexpr int kPasses = (Config::kChunk + kRowStep - 1) / kRowStep;

@@ -20,10 +20,12 @@ GemmKernel find_wgmma_kernel(int tile, bool stored, std::integer_sequence<int, t
   constexpr auto kStored = ZeroPoints::kStored, kSymmetric = ZeroPoints::kSymmetric;
   GemmKernel kernel = {};
   ((tile == tiles
-        ? void(kernel = stored ? wgmma_kernel<WgmmaConfig<Element, bits, kStored,
-                                                          kWgmmaTable[tiles].tile>>()
-                               : wgmma_kernel<WgmmaConfig<Element, bits, kSymmetric,
-                                                          kWgmmaTable[tiles].tile>>())
+        ? void(
+              kernel =
+                  stored
+                      ? wgmma_kernel<WgmmaConfig<Element, bits, kStored, kWgmmaTable[tiles].tile>>()
+                      : wgmma_kernel<
+                            WgmmaConfig<Element, bits, kSymmetric, kWgmmaTable[tiles].tile>>())
         : void()),
    ...);
   return kernel;

@@ -1,10 +1,9 @@
 // Launches the wgmma kernel: blocks that stay, in clusters when K is split.
 
-#include "launch.h"
-
 #include <algorithm>
 
 #include "instances.h"
+#include "launch.h"
 #include "tile_table.h"
 
 namespace jax_marlin {
@@ -32,8 +31,8 @@ bool has_wgmma() {
          major == 9 && minor == 0;
 }
 
-cudaError_t launch_wgmma_gemm(GemmParams params, const WgmmaTileChoice& choice,
-                              ElementType element, int bits, int sm_count, cudaStream_t stream) {
+cudaError_t launch_wgmma_gemm(GemmParams params, const WgmmaTileChoice& choice, ElementType element,
+                              int bits, int sm_count, cudaStream_t stream) {
   const int64_t tiles = choice.row_blocks * choice.n_blocks;
   if (tiles == 0) return cudaSuccess;
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;

@@ -10,7 +10,7 @@ namespace jax_marlin {
 bool has_wgmma();
 
 // Completes the launch fields of `params` from `choice` and launches; needs no scratch.
-cudaError_t launch_wgmma_gemm(GemmParams params, const WgmmaTileChoice& choice,
-                              ElementType element, int bits, int sm_count, cudaStream_t stream);
+cudaError_t launch_wgmma_gemm(GemmParams params, const WgmmaTileChoice& choice, ElementType element,
+                              int bits, int sm_count, cudaStream_t stream);
 
 }  // namespace jax_marlin

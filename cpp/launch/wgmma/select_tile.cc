@@ -40,8 +40,8 @@ int64_t estimate(const GemmProblem& problem, const WgmmaTileChoice& choice, int 
   const int64_t block = k_tiles * (blocks <= sm_count ? row.alone : row.full) + row.fixed;
   // How many row blocks a routing uses is known to the device alone: no whole waves to count.
   const bool routed = problem.moe_block_size > 0;
-  const int64_t all = routed ? std::max(block * blocks / resident, block)
-                             : ceil_div(blocks, resident) * block;
+  const int64_t all =
+      routed ? std::max(block * blocks / resident, block) : ceil_div(blocks, resident) * block;
   // Parts of K meet in shared memory of the cluster; the more parts the later the last.
   const int64_t elements = int64_t{row.tile.tile_m} * row.tile.columns();
   return all + (split_k == 1 ? 0 : split_k * (750 * split_k + elements / 5));
