@@ -10,6 +10,7 @@
 #include "ffi/handlers.h"
 #include "launch/select_tile.h"
 #include "launch/tile_table.h"
+#include "launch/wgmma/tile_table.h"
 
 namespace nb = nanobind;
 
@@ -49,9 +50,11 @@ nb::list tile_table() {
   return rows;
 }
 
-nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count) {
-  const TileChoice choice = select_tile({rows, moe_block_size, k, n, bits}, sm_count);
+nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
+                     bool has_wgmma) {
+  const TileChoice choice = select_tile({rows, moe_block_size, k, n, bits}, {sm_count, has_wgmma});
   nb::dict result;
+  result["wgmma"] = choice.wgmma;
   result["tile"] = choice.tile;
   result["sub_blocks"] = choice.sub_blocks;
   result["row_blocks"] = choice.row_blocks;
@@ -59,6 +62,19 @@ nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, i
   result["split_k"] = choice.split_k;
   result["scratch_bytes"] = scratch_bytes(choice);
   return result;
+}
+
+nb::list wgmma_table() {
+  nb::list rows;
+  for (const WgmmaTileRow& row : kWgmmaTable) {
+    nb::dict tile;
+    tile["tile_m"] = row.tile.tile_m;
+    tile["columns"] = row.tile.columns();
+    tile["stage_tiles"] = row.tile.stage_tiles;
+    tile["min_blocks"] = row.tile.min_blocks;
+    rows.append(tile);
+  }
+  return rows;
 }
 
 }  // namespace
@@ -70,7 +86,8 @@ NB_MODULE(_jax_marlin, m) {
   m.def("architectures", &architectures, "Compiled in, e.g. ['80', '90a', '80-PTX'].");
   m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
-        nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"));
+        nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false);
+  m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",
       [](int64_t rows, int moe_block_size, int k, int n, int bits) {

@@ -198,7 +198,8 @@ def test_what_is_next_to_an_error_is_accepted():
     ("tokens", "top_k", "num_experts", "expected"),
     [
         (0, 8, 128, 8), (1, 8, 128, 8), (115, 8, 128, 8), (116, 8, 128, 16), (230, 8, 128, 16),
-        (231, 8, 128, 32), (460, 8, 128, 32), (461, 8, 128, 64), (9000, 8, 128, 64), (5, 2, 3, 8),
+        (231, 8, 128, 32), (460, 8, 128, 32), (461, 8, 128, 64), (921, 8, 128, 64),
+        (922, 8, 128, 128), (9000, 8, 128, 128), (5, 2, 3, 8),
     ],
 )  # fmt: skip
 def test_blocks_are_ninety_percent_full_on_average(tokens, top_k, num_experts, expected):

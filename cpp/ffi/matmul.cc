@@ -39,16 +39,13 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   params.bias = optional_data<const void>(bias);
   params.bias_stride = own_bias ? 0 : bias.dimensions()[1];
 
-  int sm_count = 0;
-  const cudaError_t counted = current_sm_count(&sm_count);
-  if (counted != cudaSuccess) return cuda_status(kOp, counted);
-  const GemmLaunch gemm = {
-      params,
-      select_tile({params.out_rows, 0, params.k, params.n, static_cast<int>(bits)}, sm_count),
-      stack.element(), static_cast<int>(bits), scratch->untyped_data()};
+  const GemmProblem problem = {params.out_rows, 0, params.k, params.n, static_cast<int>(bits)};
+  GemmLaunch gemm = {params, {}, stack.element(), problem.bits, scratch->untyped_data()};
+  cudaError_t status = plan_gemm(gemm, problem);
+  if (status != cudaSuccess) return cuda_status(kOp, status);
   checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
-  cudaError_t status = clear_arrivals(gemm, stream);
+  status = clear_arrivals(gemm, stream);
   if (status == cudaSuccess) status = launch_gemm(gemm, Order::kAfter, stream);
   return cuda_status(kOp, status);
 }

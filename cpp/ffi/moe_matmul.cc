@@ -90,15 +90,12 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   params.bias_stride = params.n;
   params.weights_before_bias = weights_before_bias != 0;
 
-  int sm_count = 0;
-  cudaError_t status = current_sm_count(&sm_count);
+  const GemmProblem problem = {params.slots,    params.moe_block_size,  params.k,
+                               params.n,        static_cast<int>(bits), false,
+                               params.out_rows, params.num_experts};
+  GemmLaunch gemm = {params, {}, stack.element(), problem.bits, scratch->untyped_data()};
+  cudaError_t status = plan_gemm(gemm, problem);
   if (status != cudaSuccess) return cuda_status(kOp, status);
-  const int weight_bits = static_cast<int>(bits);
-  GemmLaunch gemm = {params,
-                     select_tile({params.slots, params.moe_block_size, params.k, params.n,
-                                  weight_bits, false, params.out_rows, params.num_experts},
-                                 sm_count),
-                     stack.element(), weight_bits, scratch->untyped_data()};
   checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
 

@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   ptx::wait_dependencies();
   float4 sum = {};
   for (int first = 0; first < p.top_k; first += kCombineSlots) {
-    // Requests of all slots first, then their sum in order. Rows of ids outside the stack were never
-    // written.
+    // Requests of all slots first, then their sum in order. Rows of ids outside the stack were
+    // never written.
     float4 parts[kCombineSlots] = {};
 #pragma unroll
     for (int i = 0; i < kCombineSlots; ++i) {

@@ -17,8 +17,8 @@
 // instructions, since a sum has 4 values a fragment and its weights 8 pairs, and no rounding.
 #pragma once
 
-#include "kernel_config.cuh"
 #include "ptx.cuh"
+#include "weight_format.cuh"
 
 namespace jax_marlin {
 

@@ -40,11 +40,21 @@ struct GemmParams {
   int moe_block_size;          // slots of one routing block
   int row_divisor;             // routed: slot id s reads x[s / row_divisor]
   int sub_blocks;              // row blocks of one routing block
+  int n_blocks;                // blocks along the columns
   int split_k;                 // blocks that share one output tile
   Activation activation;       // of columns j (gate) and n + j (up), rows weighted before it
   bool out_is_float32;
   bool x_is_pending;           // the kernel before this one, still running, writes x
   bool weights_before_bias;    // acc * weight + bias, instead of (acc + bias) * weight
+};
+
+// Gate and up products to hidden values (activate_rows.cuh).
+struct ActivateParams {
+  const float* products;  // [rows, 2 columns]: all of gate, then all of up
+  void* hidden;           // [rows, columns]
+  int64_t rows;
+  int columns;
+  Activation activation;
 };
 
 // Sum of each token's routed rows (combine_topk.cuh).

@@ -2,12 +2,14 @@
 
 #include <utility>
 
+#include "../kernel/activate_rows.cuh"
 #include "../kernel/combine_topk.cuh"
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
 #include "instances.h"
 #include "launch_gemm.h"
 #include "tile_table.h"
+#include "wgmma/launch.h"
 
 namespace jax_marlin {
 namespace {
@@ -32,8 +34,8 @@ cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
                    cudaStream_t stream, const Params& params) {
-  // Idempotent, so they may run again when XLA re-captures the call. With one split of L1 and shared
-  // memory for all kernels, none waits for a multiprocessor to run empty and change it.
+  // Idempotent, so they may run again when XLA re-captures the call. With one split of L1 and
+  // shared memory for all kernels, none waits for a multiprocessor to run empty and change it.
   cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                          cudaSharedmemCarveoutMaxShared);
   if (set == cudaSuccess && shared_bytes > kDefaultSharedBytes) {
@@ -58,6 +60,13 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
 
 }  // namespace
 
+cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem) {
+  DeviceLimits device = {};
+  const cudaError_t found = current_device(&device);
+  if (found == cudaSuccess) gemm.choice = select_tile(problem, device);
+  return found;
+}
+
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {
   const int64_t bytes = arrivals_bytes(gemm.choice);
   return bytes == 0 ? cudaSuccess : cudaMemsetAsync(gemm.scratch, 0, bytes, stream);
@@ -66,6 +75,11 @@ cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream) {
   const TileChoice& choice = gemm.choice;
   if (choice.row_blocks == 0 || choice.n_blocks == 0) return cudaSuccess;
+  if (choice.wgmma) {
+    DeviceLimits device = {};
+    const cudaError_t found = current_device(&device);
+    return found == cudaSuccess ? launch_wgmma_gemm(gemm, device.sm_count, stream) : found;
+  }
   GemmParams params = gemm.params;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
@@ -104,8 +118,19 @@ cudaError_t launch_combine(const CombineParams& params, ElementType element, Ord
   return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
 }
 
-cudaError_t current_sm_count(int* sm_count) {
-  return device_attribute(cudaDevAttrMultiProcessorCount, sm_count);
+cudaError_t launch_activate(const ActivateParams& params, ElementType element, Order order,
+                            cudaStream_t stream) {
+  if (params.rows == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(params.rows),
+                  (params.columns + kActivateColumns - 1) / kActivateColumns);
+  const auto kernel =
+      element == ElementType::kFloat16 ? activate_rows<__half> : activate_rows<__nv_bfloat16>;
+  return launch(kernel, grid, kActivateThreads, 0, order, stream, params);
+}
+
+cudaError_t current_device(DeviceLimits* device) {
+  device->has_wgmma = has_wgmma();
+  return device_attribute(cudaDevAttrMultiProcessorCount, &device->sm_count);
 }
 
 }  // namespace jax_marlin

@@ -24,15 +24,19 @@ struct GemmLaunch {
   void* scratch;      // scratch_bytes(choice)
 };
 
+// Fills in `choice` for the device that is current on this thread.
+cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem);
 // Zeroes what a split K counts in; once before each launch_gemm, in stream order.
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream);
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream);
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream);
+cudaError_t launch_activate(const ActivateParams& params, ElementType element, Order order,
+                            cudaStream_t stream);
 cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
                            cudaStream_t stream);
 
-// Multiprocessors of the device that is current on this thread.
-cudaError_t current_sm_count(int* sm_count);
+// Of the device that is current on this thread.
+cudaError_t current_device(DeviceLimits* device);
 
 }  // namespace jax_marlin

@@ -10,9 +10,14 @@ bool needs_tables(const MoeFfnLaunch& layer) {
   return layer.combine.tokens > 1 && 4 * int64_t{layer.align.routes} > layer.align.num_experts;
 }
 
-void plan_gemm(GemmLaunch& gemm, const AlignParams& align, bool tables, int weight_columns,
-               int sm_count) {
-  GemmParams& p = gemm.params;
+GemmProblem problem_of(const GemmLaunch& gemm, const AlignParams& align) {
+  const GemmParams& p = gemm.params;
+  const bool gated = p.activation != Activation::kNone;
+  return {p.slots,      p.moe_block_size, p.k, gated ? 2 * p.n : p.n, gemm.bits, gated,
+          align.routes, align.num_experts};
+}
+
+void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
   p.out_rows = align.routes;
   if (tables) {
     p.sorted_token_ids = align.sorted_token_ids;
@@ -25,10 +30,17 @@ void plan_gemm(GemmLaunch& gemm, const AlignParams& align, bool tables, int weig
     p.slots = align.routes;
     p.moe_block_size = 1;
   }
-  const bool gated = p.activation != Activation::kNone;
-  gemm.choice = select_tile({p.slots, p.moe_block_size, p.k, weight_columns, gemm.bits, gated,
-                             align.routes, align.num_experts},
-                            sm_count);
+}
+
+// Where the wgmma kernel serves gate_up better, which has no gated epilogue: float32 products
+// first, then hidden values of them.
+void separate_activation(MoeFfnLaunch& layer, float* products) {
+  GemmParams& p = layer.gate_up.params;
+  layer.activate = {products, p.out, p.out_rows, p.n, p.activation};
+  p.activation = Activation::kNone;
+  p.n *= 2;
+  p.out = products;
+  p.out_is_float32 = true;
 }
 
 // x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
@@ -53,10 +65,19 @@ cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* ga
 
 }  // namespace
 
-void plan_moe_ffn(MoeFfnLaunch& layer, int sm_count) {
+void plan_moe_ffn(MoeFfnLaunch& layer, float* products, int64_t products_size,
+                  const DeviceLimits& device) {
   const bool tables = needs_tables(layer);
-  plan_gemm(layer.gate_up, layer.align, tables, 2 * layer.gate_up.params.n, sm_count);
-  plan_gemm(layer.down, layer.align, tables, layer.down.params.n, sm_count);
+  set_routing(layer.gate_up.params, layer.align, tables);
+  set_routing(layer.down.params, layer.align, tables);
+  GemmProblem gate_up = problem_of(layer.gate_up, layer.align);
+  gate_up.gated = false;
+  const int64_t needed = layer.gate_up.params.out_rows * gate_up.n;
+  if (products_size >= needed && select_tile(gate_up, device).wgmma) {
+    separate_activation(layer, products);
+  }
+  layer.gate_up.choice = select_tile(problem_of(layer.gate_up, layer.align), device);
+  layer.down.choice = select_tile(problem_of(layer.down, layer.align), device);
   layer.down.params.x_is_pending = true;
 }
 
@@ -64,7 +85,7 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
   GemmLaunch gate_up = layer.gate_up, down = layer.down;
   const int* topk_ids = layer.align.topk_ids;
   // First, so that nothing stands between two kernels that overlap.
-  cudaError_t status = clear_arrivals(down, stream);
+  cudaError_t status = clear_arrivals(down, stream);  // gate_up's K is never split here
   Order order = Order::kAfter;
   const auto follow = [&](cudaError_t launched) {
     status = launched;
@@ -77,6 +98,9 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
     follow(gather(gate_up.params, layer.gate_up_perm, topk_ids, layer.gathered_x, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(gate_up, order, stream));
+  if (status == cudaSuccess && layer.activate.rows > 0) {
+    follow(launch_activate(layer.activate, gate_up.element, order, stream));
+  }
   if (status == cudaSuccess && layer.down_perm != nullptr) {
     follow(gather(down.params, layer.down_perm, topk_ids, layer.gathered_hidden, order, stream));
   }

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "tile_table.h"
+#include "wgmma/select_tile.h"
 
 namespace jax_marlin {
 namespace {
@@ -91,7 +92,9 @@ int select_split(const GemmProblem& problem, const TileChoice& choice, int sm_co
 
 }  // namespace
 
-TileChoice select_tile(const GemmProblem& problem, int sm_count) {
+TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
+  const int sm_count = device.sm_count;
+  if (device.has_wgmma && prefers_wgmma(problem)) return select_wgmma_tile(problem, sm_count);
   TileChoice choice;
   choice.tile = select_width(problem, sm_count);
   const TileConfig& tile = kTileTable[choice.tile];
@@ -104,13 +107,13 @@ TileChoice select_tile(const GemmProblem& problem, int sm_count) {
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {
-  if (choice.split_k == 1) return 0;
+  if (choice.split_k == 1 || choice.wgmma) return 0;
   return ceil_div(choice.row_blocks * choice.n_blocks * static_cast<int64_t>(sizeof(int)), 256) *
          256;
 }
 
 int64_t scratch_bytes(const TileChoice& choice) {
-  if (choice.split_k == 1) return 0;
+  if (choice.split_k == 1 || choice.wgmma) return 0;
   const int64_t parts = choice.row_blocks * choice.n_blocks * choice.split_k;
   return arrivals_bytes(choice) +
          parts * kTileTable[choice.tile].elements() * static_cast<int64_t>(sizeof(float));

@@ -15,7 +15,15 @@ struct GemmProblem {
   int num_experts = 0;  // this many experts
 };
 
+// What of a GPU the choice depends on.
+struct DeviceLimits {
+  int sm_count;
+  bool has_wgmma;  // sm_90, and its code compiled in
+};
+
 struct TileChoice {
+  bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable, and split_k blocks are a
+                       // cluster that needs no scratch
   int tile;  // row of kTileTable
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
@@ -23,7 +31,7 @@ struct TileChoice {
   int split_k;
 };
 
-TileChoice select_tile(const GemmProblem& problem, int sm_count);
+TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);
 
 // Scratch layout: arrivals first, one int an output tile, then the partial sums.
 int64_t arrivals_bytes(const TileChoice& choice);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../../cpp/kernel/dequant.cuh"
+#include "../../cpp/kernel/kernel_config.cuh"
 
 using jax_marlin::GroupScale;
 using jax_marlin::KernelConfig;

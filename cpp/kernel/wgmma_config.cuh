@@ -1,0 +1,128 @@
+// The wgmma kernel's single template argument, every constant that follows, and its shared memory.
+#pragma once
+
+#include "weight_format.cuh"
+#include "wgmma_tile.h"
+
+namespace jax_marlin {
+
+constexpr int kWarpgroup = 128;
+constexpr int kProducerBarrier = 1;  // named barriers; 0 is __syncthreads
+constexpr int kStaggerBarrier = 2;
+constexpr int kGroupBarrier = 3;     // + warpgroup
+constexpr int kWorkSlots = 2;       // pieces of work whose description is in shared memory
+constexpr int kWgmmaMaxSplit = 8;   // blocks of a portable cluster
+
+template <class Element_, int bits, ZeroPoints zero_points, WgmmaTile tile>
+struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
+  static constexpr int kTileM = tile.tile_m;
+  static constexpr int kGroups = tile.groups;
+  static constexpr int kGroupTiles = tile.group_tiles;
+  static constexpr int kCopyThreads = kWarpgroup * tile.copy_groups;
+  static constexpr int kColumnTiles = tile.column_tiles();
+  static constexpr int kColumns = tile.columns();
+  static constexpr int kGroupColumns = kTile * kGroupTiles;
+  static constexpr int kStageTiles = tile.stage_tiles;
+  static constexpr int kBatch = tile.batch;
+  static constexpr int kThreads = tile.threads();
+  static constexpr int kMinBlocks = tile.min_blocks;
+  static constexpr bool kScaleSums = false;  // weights are scaled while they are dequantized
+
+  // The last rows of an expert rarely fill a tile: narrower products spare the tensor cores.
+  static constexpr int kWidthStep = kTileM <= 32 ? 16 : kTileM / 4;
+  static constexpr int kWidths = kTileM / kWidthStep;
+
+  // Rows whose sums are in shared memory at once, to be transposed and, split K, exchanged.
+  static constexpr int kChunk = kTileM < 64 / kGroupTiles ? kTileM : 64 / kGroupTiles;
+  // 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
+  static constexpr int kSumPitch = kGroupColumns + 4;
+
+  // Two warpgroups alone on an SM start some stages apart, and stay so: while one stores its sums,
+  // the other has the tensor cores to itself.
+  static constexpr bool kStaggered = kGroups == 2 && kMinBlocks == 1;
+
+  // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
+  static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
+  static constexpr int kCopyRegisters = kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32 : 56;
+  static constexpr int kMultiplyRegisters =
+      ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
+      kGroups / 8 * 8;
+
+  static_assert(kTileM % kWidthStep == 0 && kTileM % kChunk == 0, "rows divide into widths");
+  static_assert(4 % kBatch == 0 && 4 * kStageTiles / kBatch % 2 == 0,
+                "two sets of fragments take turns, the same way in every stage");
+};
+
+template <class Config>
+struct WgmmaStorage {
+  using Element = typename Config::Element;
+  static constexpr int kHalves = 2 * Config::kStageTiles;  // scales may change every 32 of K
+  static constexpr int kScaleSets = Config::kStoredZeroPoints ? 2 : 1;
+
+  struct alignas(1024) Stage {
+    Element x[Config::kStageTiles][Config::kTileM][kTile];  // swizzled: ptx_wgmma.cuh
+    alignas(16) uint32_t weights[Config::kColumnTiles][Config::kStageTiles][Config::kWordsPerTile];
+    alignas(16) Element scales[kScaleSets][kHalves][Config::kColumns];  // then zero points
+  };
+
+  // A piece of work, written by the warpgroup that copies.
+  struct Work {
+    int expert;  // -1: no more work
+    int column_block;
+    int rows;  // rows of the tile up to its last one that is no padding
+    int out_row[Config::kTileM];  // -1 for padding
+  };
+
+  struct Rest {
+    alignas(16) float sums[Config::kGroups][Config::kChunk][Config::kSumPitch];
+    Work work[kWorkSlots];
+    int warp_rows[kWorkSlots][Config::kCopyThreads / 32];
+    uint64_t work_full[kWorkSlots], work_empty[kWorkSlots];
+    uint64_t parts_ready[Config::kGroups], parts_read[Config::kGroups];  // split K, of the cluster
+  };
+
+  static constexpr int kLimit = 227 * 1024;  // of one block on sm_90
+  static constexpr int kReserved = 1024;  // of each block, taken by the system
+  static constexpr int kBudget =
+      (kLimit + kReserved) / Config::kMinBlocks - kReserved - static_cast<int>(sizeof(Rest)) - 128;
+  static constexpr int kStages = kBudget / (static_cast<int>(sizeof(Stage)) + 16) < 16
+                                     ? kBudget / (static_cast<int>(sizeof(Stage)) + 16)
+                                     : 16;
+  static_assert(kStages >= 3, "copies run ahead of the products");
+  static constexpr int kLead = kStages - 2;  // of a staggered warpgroup: the ring holds no more
+
+  Stage stages[kStages];
+  Rest rest;
+  uint64_t full[kStages], empty[kStages];
+};
+
+// Where a reader or writer of the ring stands.
+template <int slots>
+struct RingPosition {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Whether the two halves of a packed K tile can have different scales.
+template <class Params>
+__device__ __forceinline__ bool scales_change_inside(const Params& p) {
+  return p.group_size % kTile != 0;
+}
+
+// Packed K tiles of this block: all, or its part when the blocks of a cluster split K.
+struct KRange {
+  int begin, end;
+};
+template <class Params>
+__device__ __forceinline__ KRange k_range(const Params& p) {
+  const int per_part = (p.k_tiles + p.split_k - 1) / p.split_k;
+  const int begin = min(static_cast<int>(blockIdx.x) % p.split_k * per_part, p.k_tiles);
+  return {begin, min(begin + per_part, p.k_tiles)};
+}
+
+}  // namespace jax_marlin

@@ -1,0 +1,184 @@
+// What one thread of a copying warpgroup copies into every stage: rows of x, a column tile's
+// weights, a vector of scales. Each knows its place once a piece of work and then only adds to it.
+#pragma once
+
+#include "ptx_sm90.cuh"
+#include "wgmma_scheduler.cuh"
+
+namespace jax_marlin {
+
+constexpr int kCopyVector = 8;                         // 16-bit elements of one 16-byte copy
+constexpr int kTileVectors = kTile / kCopyVector;      // threads that copy 64 of K of a row
+template <class Config>
+constexpr int kRowStep = Config::kCopyThreads / kTileVectors;
+template <class Config>
+constexpr int kThreadRows = Config::kTileM / kRowStep<Config>;
+template <class Config>
+constexpr int kTileBytes = Config::kWordsPerTile * 4;
+
+// A piece of work, and this thread's rows of out in it.
+template <class Config>
+struct WorkRequest {
+  static constexpr int kRows = kThreadRows<Config>;
+
+  int expert, column_block;
+  int row[kRows];
+
+  __device__ __forceinline__ void load(const GemmParams& p, const WorkOrder<Config>& order,
+                                       int index, int first_row) {
+    int row_block;
+    order.seek(index, row_block, column_block);
+    const RowBlock<Config> block(p, row_block, expert);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) row[i] = block.row(first_row + kRowStep<Config> * i);
+  }
+  __device__ __forceinline__ void check(const GemmParams& p) {
+    expert = checked_expert(p, expert);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) row[i] = checked_row(p, row[i]);
+  }
+};
+
+// Rows of x that this thread gathers, one vector of each every 64 of K. Padding rows keep what
+// they held: only their own columns of the product depend on it, and those are not stored.
+template <class Config>
+struct XRows {
+  using Element = typename Config::Element;
+  using Stage = typename WgmmaStorage<Config>::Stage;
+  static constexpr int kRows = kThreadRows<Config>;
+  uint32_t offset[kRows];  // from x, in vectors
+  uint32_t used = 0;       // bit i: row i is no padding
+  int vector, swizzled;    // place of row 0, in bytes
+
+  __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work, int thread)
+      : vector(thread % kTileVectors) {
+    const int row = thread / kTileVectors;
+    swizzled = (row * kTile + (vector ^ row % 8) * kCopyVector) * static_cast<int>(sizeof(Element));
+    const uint32_t row_vectors = static_cast<uint32_t>(p.x_stride / kCopyVector);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (work.row[i] >= 0) used |= 1u << i;
+      offset[i] = source_row(p, work.row[i]) * row_vectors + vector;
+    }
+  }
+
+  // K tiles that are whole.
+  __device__ __forceinline__ void copy(const GemmParams& p, Stage& stage, int k_tile) const {
+    const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
+    const uint4* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors;
+#pragma unroll
+    for (int t = 0; t < Config::kStageTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (used >> i & 1) {
+          ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, x + t * kTileVectors + offset[i]);
+        }
+      }
+    }
+  }
+
+  // The last stage, where K ends inside it: what lies past the end is zero.
+  __device__ __forceinline__ void copy_end(const GemmParams& p, Stage& stage, int k_tile,
+                                           int k_end) const {
+#pragma unroll 1
+    for (int t = 0; t < Config::kStageTiles; ++t) {
+      const int k = (k_tile + t) * kTile;
+      const int valid = min(max(k_end - k - vector * kCopyVector, 0), kCopyVector);
+      // A copy of 0 bytes writes zeros but still wants an address inside the array.
+      const uint4* x = static_cast<const uint4*>(p.x) + (valid == 0 ? -vector : k / kCopyVector);
+      unsigned char* to = reinterpret_cast<unsigned char*>(&stage.x[t]) + swizzled;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (used >> i & 1) {
+          ptx::cp_async(to + i * kStepBytes, x + offset[i],
+                        valid * static_cast<int>(sizeof(Element)));
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kStepBytes = kRowStep<Config> * kTile * static_cast<int>(sizeof(Element));
+  static constexpr int kXTileBytes = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
+
+  // Row of x behind row `id` of out. With m = floor((2^32 - 1) / d) + 1, id * m / 2^32 is the
+  // quotient or one more, for all id < 2^31.
+  static __device__ __forceinline__ uint32_t source_row(const GemmParams& p, int id) {
+    const uint32_t row = static_cast<uint32_t>(max(id, 0)), divisor = p.row_divisor;
+    if (divisor == 1) return row;
+    const uint32_t quotient = __umulhi(row, 0xffffffffu / divisor + 1);
+    return quotient - (quotient * divisor > row ? 1 : 0);
+  }
+};
+
+// Column tiles past the end repeat the last one; the epilogue does not store them.
+template <class Config>
+__device__ __forceinline__ int64_t stack_tile(const GemmParams& p, const WorkRequest<Config>& work,
+                                              int column_tile) {
+  const int last_tile = (p.n + kTile - 1) / kTile - 1;
+  const int n_tile = min(work.column_block * Config::kColumnTiles + column_tile, last_tile);
+  return static_cast<int64_t>(work.expert) * p.stack_n_tiles + p.first_tile + n_tile;
+}
+
+// Packed K tiles of one column tile are contiguous. K tiles missing in the last stage keep old
+// codes: their rows of x are zero.
+template <class Config>
+struct WeightRun {
+  using Stage = typename WgmmaStorage<Config>::Stage;
+  const uint32_t* from;
+
+  __device__ __forceinline__ WeightRun(const GemmParams& p, const WorkRequest<Config>& work,
+                                       int k_tile, int column_tile) {
+    const int64_t tile = stack_tile<Config>(p, work, column_tile) * p.k_tiles + k_tile;
+    from = p.qweight + tile * Config::kWordsPerTile;
+  }
+  __device__ __forceinline__ void copy(Stage& stage, int k_tiles, int column_tile, uint64_t* full) {
+    ptx::bulk_copy(stage.weights[column_tile], from, k_tiles * kTileBytes<Config>, full);
+    from += Config::kStageTiles * Config::kWordsPerTile;
+  }
+};
+
+// A vector of scales or zero points in every stage: 8 columns of one half K tile.
+template <class Config>
+struct ScaleRun {
+  using Element = typename Config::Element;
+  using Storage = WgmmaStorage<Config>;
+  using Stage = typename Storage::Stage;
+  const Element* from;  // in the live group
+  int to;               // place in a stage's scales, in bytes
+  int k, group_size;    // k: this half's first, counted from the live group's first
+  int groups_left;      // after the live one
+  bool needed;
+
+  __device__ __forceinline__ ScaleRun(const GemmParams& p, const WorkRequest<Config>& work,
+                                      int k_tile, int thread)
+      : to(thread * kCopyVector * static_cast<int>(sizeof(Element))), group_size(p.group_size) {
+    constexpr int kRowVectors = Config::kColumns / kCopyVector;
+    constexpr int kVectors = Storage::kScaleSets * Storage::kHalves * kRowVectors;
+    static_assert(kVectors <= Config::kCopyThreads, "a thread each");
+    const int column = thread % kRowVectors * kCopyVector;
+    const int half = thread / kRowVectors % Storage::kHalves;
+    const bool zero_points = thread < kVectors && thread / kRowVectors >= Storage::kHalves;
+    needed = thread < kVectors && (half % 2 == 0 || scales_change_inside(p));
+    const int first = k_tile * kTile + half * kHalf;
+    const int group = min(first / group_size, p.num_groups - 1);
+    k = first - group * group_size;
+    groups_left = p.num_groups - 1 - group;
+    from = static_cast<const Element*>(zero_points ? p.zero_points : p.scales) +
+           (stack_tile<Config>(p, work, column / kTile) * p.num_groups + group) * kTile +
+           column % kTile;
+  }
+
+  // Past the last group that one stays live: rows of x are zero there.
+  __device__ __forceinline__ void copy(Stage& stage) {
+    if (needed) ptx::cp_async(ptx::shared_address(&stage.scales[0][0][0]) + to, from);
+    k += Config::kStageTiles * kTile;
+    while (k >= group_size && groups_left > 0) {
+      k -= group_size;
+      --groups_left;
+      from += kTile;
+    }
+  }
+};
+
+}  // namespace jax_marlin

@@ -1,0 +1,23 @@
+// How a thread block of the wgmma kernel cuts its piece. Plain C++, shared by host and device.
+#pragma once
+
+#include "tile_config.h"
+
+namespace jax_marlin {
+
+// tile_m rows by 64 * groups * group_tiles columns. Some warpgroups copy, `groups` others multiply.
+struct WgmmaTile {
+  int tile_m;       // rows of x: 16, or a multiple of 32
+  int groups;       // warpgroups that multiply, each its own columns
+  int group_tiles;  // packed column tiles of one of them
+  int stage_tiles;  // packed K tiles of one stage
+  int batch;        // k16 steps dequantized before they are issued together
+  int min_blocks;   // blocks of one SM: they share registers and shared memory
+  int copy_groups;  // warpgroups that copy: a thread issues a copy every 100 clocks or so
+
+  constexpr int column_tiles() const { return groups * group_tiles; }
+  constexpr int columns() const { return kTile * column_tiles(); }
+  constexpr int threads() const { return 128 * (groups + copy_groups); }
+};
+
+}  // namespace jax_marlin

@@ -1,0 +1,86 @@
+// The tile and the split of K with the smallest estimate of clocks.
+
+#include "select_tile.h"
+
+#include <algorithm>
+
+#include "tile_table.h"
+
+namespace jax_marlin {
+namespace {
+
+constexpr int kMinRows = 17;  // of a tile; below, an mma.sync tile of 8 or 16 rows does less work
+constexpr int kMaxSplit = 8;  // blocks of a portable cluster
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t tile_rows(const GemmProblem& problem) {
+  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+}
+
+TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
+  const WgmmaTile& t = kWgmmaTable[tile].tile;
+  const bool routed = problem.moe_block_size > 0;
+  TileChoice choice;
+  choice.wgmma = true;
+  choice.tile = tile;
+  choice.sub_blocks = routed ? static_cast<int>(ceil_div(problem.moe_block_size, t.tile_m)) : 1;
+  choice.row_blocks = routed ? ceil_div(problem.rows, problem.moe_block_size) * choice.sub_blocks
+                             : ceil_div(problem.rows, t.tile_m);
+  choice.n_blocks = static_cast<int>(ceil_div(problem.n, t.columns()));
+  choice.split_k = split_k;
+  return choice;
+}
+
+int64_t estimate(const GemmProblem& problem, const TileChoice& choice, int sm_count) {
+  const WgmmaTileRow& row = kWgmmaTable[choice.tile];
+  const int64_t split_k = choice.split_k;
+  const int64_t blocks = choice.row_blocks * choice.n_blocks * split_k;
+  const int64_t resident = static_cast<int64_t>(sm_count) * row.tile.min_blocks;
+  const int64_t k_tiles = ceil_div(ceil_div(problem.k, kTile), split_k);
+  const int64_t block = k_tiles * (blocks <= sm_count ? row.alone : row.full) + row.fixed;
+  // How many row blocks a routing uses is known to the device alone: no whole waves to count.
+  const bool routed = problem.moe_block_size > 0;
+  const int64_t all =
+      routed ? std::max(block * blocks / resident, block) : ceil_div(blocks, resident) * block;
+  // Parts of K meet in shared memory of the cluster; the more parts the later the last.
+  const int64_t elements = int64_t{row.tile.tile_m} * row.tile.columns();
+  return all + (split_k == 1 ? 0 : split_k * (750 * split_k + elements / 5));
+}
+
+}  // namespace
+
+bool prefers_wgmma(const GemmProblem& problem) {
+  return !problem.gated && tile_rows(problem) >= kMinRows;
+}
+
+TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
+  const bool routed = problem.moe_block_size > 0;
+  // Routed: the smallest tile that takes a routing block, else the largest.
+  int routed_rows = kWgmmaTable[0].tile.tile_m;
+  for (const WgmmaTileRow& row : kWgmmaTable) {
+    if (routed_rows < problem.moe_block_size) routed_rows = row.tile.tile_m;
+  }
+  TileChoice best = {};
+  int64_t least = INT64_MAX;
+  for (int tile = 0; tile < kNumWgmmaTiles; ++tile) {
+    const WgmmaTile& t = kWgmmaTable[tile].tile;
+    if (routed && t.tile_m != routed_rows) continue;
+    for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
+      const TileChoice choice = choice_of(problem, tile, split_k);
+      const int64_t blocks = choice.row_blocks * choice.n_blocks * split_k;
+      const int64_t resident = static_cast<int64_t>(sm_count) * (split_k == 2 ? t.min_blocks : 1);
+      const bool fits = blocks <= resident;
+      const bool deep = ceil_div(problem.k, kTile) >= 4 * int64_t{split_k} * t.stage_tiles;
+      if (split_k > 1 && !(fits && deep)) break;
+      const int64_t clocks = estimate(problem, choice, sm_count);
+      if (clocks < least) {
+        least = clocks;
+        best = choice;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace jax_marlin

@@ -1,0 +1,32 @@
+// Every tile the wgmma kernel is built for, and what a packed K tile costs it.
+#pragma once
+
+#include "../../kernel/wgmma_tile.h"
+
+namespace jax_marlin {
+
+// Clocks of one block, measured on an H100 with bfloat16 and 4 bits; select_tile.cc compares them.
+struct WgmmaTileRow {
+  WgmmaTile tile;
+  int alone;  // a packed K tile, when the block has the SM to itself
+  int full;   // the same with min_blocks of them on the SM
+  int fixed;  // the rest of a piece of work: routing tables, first stages, stores
+};
+
+// tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups}
+constexpr WgmmaTileRow kWgmmaTable[] = {
+    // Few rows: weights stream at the speed of memory, two or three blocks an SM hide the rest.
+    {{32, 1, 1, 2, 4, 3, 1}, 285, 600, 4000},
+    {{32, 2, 1, 2, 4, 2, 1}, 390, 750, 4000},
+    {{64, 2, 1, 1, 2, 2, 1}, 650, 1030, 5000},
+    // Twice the columns read x half as often.
+    {{64, 4, 1, 1, 2, 1, 1}, 830, 830, 6000},
+    // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
+    // narrow ones leave fewer multiprocessors idle in the last wave.
+    {{128, 2, 1, 1, 2, 1, 2}, 820, 820, 6000},
+    {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 8000},
+    {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 9000},
+};
+constexpr int kNumWgmmaTiles = sizeof(kWgmmaTable) / sizeof(kWgmmaTable[0]);
+
+}  // namespace jax_marlin

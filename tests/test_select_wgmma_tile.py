@@ -1,0 +1,59 @@
+"""Tile choice of the wgmma kernel: a pure function, so it is checked without a GPU."""
+
+import itertools
+
+import pytest
+
+_jax_marlin = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
+
+SM_COUNTS = (1, 78, 114, 132)
+ROWS = (1, 17, 32, 33, 64, 65, 128, 300, 1000, 4097, 2**20)
+SHAPES = ((32, 64), (96, 72), (768, 2048), (2048, 1536), (4096, 4096), (14336, 4096), (8192, 28672))
+BLOCK_SIZES = (0, 17, 32, 48, 64, 128, 160, 256)
+
+
+def problems():
+    """Those with more than 16 rows to a tile, which the wgmma kernel takes."""
+    for (k, n), bits, block in itertools.product(SHAPES, (4, 8), BLOCK_SIZES):
+        for rows in ROWS:
+            if block or rows > 16:
+                yield rows, block, k, n, bits
+
+
+def test_choice_covers_the_problem():
+    table = _jax_marlin.wgmma_table()
+    for problem, sm_count in itertools.product(problems(), SM_COUNTS):
+        rows, block, _, n, _ = problem
+        choice = _jax_marlin.select_tile(*problem, sm_count, True)
+        tile = table[choice["tile"]]
+        assert choice["n_blocks"] * tile["columns"] >= n
+        if block:
+            assert choice["sub_blocks"] * tile["tile_m"] >= block
+            assert choice["row_blocks"] == -(-rows // block) * choice["sub_blocks"]
+        else:
+            assert choice["row_blocks"] == -(-rows // tile["tile_m"])
+
+
+def test_parts_of_k_run_together_and_hold_work():
+    table = _jax_marlin.wgmma_table()
+    for problem, sm_count in itertools.product(problems(), SM_COUNTS):
+        choice = _jax_marlin.select_tile(*problem, sm_count, True)
+        tile, split_k = table[choice["tile"]], choice["split_k"]
+        assert split_k in (1, 2, 4, 8)
+        if split_k > 1:
+            blocks = choice["row_blocks"] * choice["n_blocks"] * split_k
+            assert blocks <= sm_count * tile["min_blocks"]
+            assert -(-problem[2] // 64) >= 4 * split_k * tile["stage_tiles"]
+
+
+def test_every_tile_is_reachable():
+    choices = [_jax_marlin.select_tile(*p, 132, True) for p in problems()]
+    assert all(choice["wgmma"] and choice["scratch_bytes"] == 0 for choice in choices)
+    assert {c["tile"] for c in choices} == set(range(len(_jax_marlin.wgmma_table())))
+
+
+def test_few_rows_and_other_gpus_are_left_to_mma_sync():
+    few, many = [(8, 0, 4096, 4096, 4), (4096, 8, 4096, 4096, 4)], [(64, 0, 4096, 4096, 4)]
+    assert not any(_jax_marlin.select_tile(*p, 132, True)["wgmma"] for p in few)
+    assert all(_jax_marlin.select_tile(*p, 132, True)["wgmma"] for p in many)
+    assert not any(_jax_marlin.select_tile(*p, 132, False)["wgmma"] for p in few + many)
