@@ -11,7 +11,9 @@ pytestmark = pytest.mark.cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "cuda"
-KERNELS = sorted((ROOT / "cpp" / "launch").glob("*.cu")) + [ROOT / "cpp/launch/select_tile.cc"]
+KERNELS = sorted((ROOT / "cpp" / "launch").rglob("*.cu")) + sorted(
+    (ROOT / "cpp").rglob("select_tile.cc")
+)
 
 
 def build_and_run(tmp_path: Path, architecture: str, *sources: Path) -> str:

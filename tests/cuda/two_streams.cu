@@ -29,9 +29,9 @@ void multiply(const GemmLaunch& gemm, cudaStream_t stream) {
 }
 
 int main() {
-  int sm_count = 0;
-  if (current_sm_count(&sm_count) != cudaSuccess) return 1;
-  const TileChoice choice = select_tile({kRows, 0, kK, kN, 4}, sm_count);
+  DeviceLimits device = {};
+  if (current_device(&device) != cudaSuccess) return 1;
+  const TileChoice choice = select_tile({kRows, 0, kK, kN, 4}, device);
   std::printf("split_k %d\n", choice.split_k);
   if (choice.split_k < 2) return 1;
 

@@ -12,7 +12,7 @@ namespace jax_marlin {
 
 template <class Config>
 GemmKernel wgmma_kernel() {
-  return {wgmma_gemm<Config>, static_cast<int>(sizeof(WgmmaStorage<Config>))};
+  return {wgmma_gemm<Config>, Config::kThreads, static_cast<int>(sizeof(WgmmaStorage<Config>))};
 }
 
 template <class Element, int bits, int... tiles>

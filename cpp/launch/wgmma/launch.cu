@@ -55,7 +55,7 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   cluster.val.clusterDim = {static_cast<unsigned>(choice.split_k), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(clusters * choice.split_k));
-  config.blockDim = dim3(tile.threads());
+  config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = kernel.shared_bytes;
   config.stream = stream;
   config.attrs = &cluster;
