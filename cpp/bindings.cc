@@ -51,8 +51,9 @@ nb::list tile_table() {
 }
 
 nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
-                     bool has_wgmma) {
-  const TileChoice choice = select_tile({rows, moe_block_size, k, n, bits}, {sm_count, has_wgmma});
+                     bool has_wgmma, bool gated) {
+  const TileChoice choice =
+      select_tile({rows, moe_block_size, k, n, bits, gated}, {sm_count, has_wgmma});
   nb::dict result;
   result["wgmma"] = choice.wgmma;
   result["tile"] = choice.tile;
@@ -72,6 +73,7 @@ nb::list wgmma_table() {
     tile["columns"] = row.tile.columns();
     tile["stage_tiles"] = row.tile.stage_tiles;
     tile["min_blocks"] = row.tile.min_blocks;
+    tile["gated"] = row.tile.can_gate();
     rows.append(tile);
   }
   return rows;
@@ -86,7 +88,8 @@ NB_MODULE(_jax_marlin, m) {
   m.def("architectures", &architectures, "Compiled in, e.g. ['80', '90a', '80-PTX'].");
   m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
-        nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false);
+        nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
+        nb::arg("gated") = false);
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",

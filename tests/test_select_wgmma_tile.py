@@ -49,7 +49,19 @@ def test_parts_of_k_run_together_and_hold_work():
 def test_every_tile_is_reachable():
     choices = [_jax_marlin.select_tile(*p, 132, True) for p in problems()]
     assert all(choice["wgmma"] and choice["scratch_bytes"] == 0 for choice in choices)
-    assert {c["tile"] for c in choices} == set(range(len(_jax_marlin.wgmma_table())))
+    choices += [_jax_marlin.select_tile(*p, 132, True, True) for p in problems()]
+    reached = {choice["tile"] for choice in choices if choice["wgmma"]}
+    assert reached == set(range(len(_jax_marlin.wgmma_table())))
+
+
+def test_gated_products_keep_gate_and_up_in_one_warpgroup():
+    table = _jax_marlin.wgmma_table()
+    for problem in problems():
+        choice = _jax_marlin.select_tile(*problem, 132, True, True)
+        # Else up would start inside the packed tile of gate's last columns.
+        assert choice["wgmma"] == (problem[3] % 128 == 0)
+        assert choice["split_k"] == 1
+        assert not choice["wgmma"] or table[choice["tile"]]["gated"]
 
 
 def test_few_rows_and_other_gpus_are_left_to_mma_sync():

@@ -121,23 +121,19 @@ ffi::Error moe_ffn(
                            down_bias,
                            *gathered_hidden};
   checks.expect(*hidden, "hidden", x.element_type(), {routes, intermediate})
-      .expect(*rows, "rows", ffi::F32, {kAny})
       .expect(*out, "out", x.element_type(), {tokens, kAny});
   if (!checks.ok()) return checks.error();
-  const int64_t columns = out->dimensions()[1], floats = rows->element_count();
+  const int64_t columns = out->dimensions()[1];
   gate_up.check(checks, *hidden, 2 * intermediate, routes);
-  down.check(checks, *out, columns, routes);
-  checks.require(floats >= routes * columns, "rows", "shorter than the routed rows");
+  down.check(checks, *rows, columns, routes);
+  checks.expect(*rows, "rows", ffi::F32, {routes, columns});
   if (!checks.ok()) return checks.error();
   checks.require(down_qweight.dimensions()[0] == gate_up_qweight.dimensions()[0], "down_qweight",
                  "not of as many experts as gate_up_qweight");
 
   MoeFfnLaunch layer = {};
   layer.gate_up = gate_up.launch(*hidden, 2 * intermediate, nullptr);
-  layer.down = down.launch(*out, columns, scratch->untyped_data());
-  layer.down.params.out = rows->untyped_data();
-  layer.down.params.out_rows = routes;
-  layer.down.params.out_is_float32 = true;
+  layer.down = down.launch(*rows, columns, scratch->untyped_data());
   layer.align = routing.params(checks, gate_up_qweight.dimensions()[0]);
   if (!checks.ok()) return checks.error();
   layer.gate_up.params.activation = static_cast<Activation>(activation);
@@ -162,8 +158,7 @@ ffi::Error moe_ffn(
   DeviceLimits device = {};
   const cudaError_t found = current_device(&device);
   if (found != cudaSuccess) return cuda_status(kOp, found);
-  // Until down writes its rows, gate_up's products may stand in their place.
-  plan_moe_ffn(layer, static_cast<float*>(rows->untyped_data()), floats, device);
+  plan_moe_ffn(layer, device);
   checks.require_scratch(*scratch, scratch_bytes(layer.down.choice));
   if (!checks.ok()) return checks.error();
   return cuda_status(kOp, launch_moe_ffn(layer, stream));
@@ -191,7 +186,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::AnyBuffer>()
         .Ret<xla::ffi::AnyBuffer>()  // out [T, N]
         .Ret<xla::ffi::AnyBuffer>()  // hidden [T * top_k, I]
-        .Ret<xla::ffi::AnyBuffer>()  // rows: at least T * top_k * N float32
+        .Ret<xla::ffi::AnyBuffer>()  // rows [T * top_k, N], float32
         .Ret<xla::ffi::AnyBuffer>()  // gathered x [T * top_k, >= H], or empty
         .Ret<xla::ffi::AnyBuffer>()  // gathered hidden [T * top_k, I], or empty
         .Ret<xla::ffi::AnyBuffer>()  // sorted_token_ids [L]

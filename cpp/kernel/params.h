@@ -48,15 +48,6 @@ struct GemmParams {
   bool weights_before_bias;    // acc * weight + bias, instead of (acc + bias) * weight
 };
 
-// Gate and up products to hidden values (activate_rows.cuh).
-struct ActivateParams {
-  const float* products;  // [rows, 2 columns]: all of gate, then all of up
-  void* hidden;           // [rows, columns]
-  int64_t rows;
-  int columns;
-  Activation activation;
-};
-
 // Sum of each token's routed rows (combine_topk.cuh).
 struct CombineParams {
   const float* rows;     // [tokens * top_k, row_stride]

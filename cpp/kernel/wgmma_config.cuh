@@ -22,6 +22,8 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kColumnTiles = tile.column_tiles();
   static constexpr int kColumns = tile.columns();
   static constexpr int kGroupColumns = kTile * kGroupTiles;
+  // Gate and up of the same 64 columns are one warpgroup's two column tiles.
+  static constexpr bool kCanGate = tile.can_gate();
   static constexpr int kStageTiles = tile.stage_tiles;
   static constexpr int kBatch = tile.batch;
   static constexpr int kThreads = tile.threads();

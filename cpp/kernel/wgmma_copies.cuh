@@ -111,12 +111,18 @@ struct XRows {
   }
 };
 
-// Column tiles past the end repeat the last one; the epilogue does not store them.
+// Column tiles past the end repeat the last one; the epilogue does not store them. A gated block
+// takes tiles of gate and of up in turn.
 template <class Config>
 __device__ __forceinline__ int64_t stack_tile(const GemmParams& p, const WorkRequest<Config>& work,
                                               int column_tile) {
-  const int last_tile = (p.n + kTile - 1) / kTile - 1;
-  const int n_tile = min(work.column_block * Config::kColumnTiles + column_tile, last_tile);
+  const int tiles = (p.n + kTile - 1) / kTile;
+  int n_tile = work.column_block * Config::kColumnTiles + column_tile;
+  if (p.activation == Activation::kNone) {
+    n_tile = min(n_tile, tiles - 1);
+  } else {
+    n_tile = min(n_tile / 2, tiles - 1) + n_tile % 2 * tiles;
+  }
   return static_cast<int64_t>(work.expert) * p.stack_n_tiles + p.first_tile + n_tile;
 }
 

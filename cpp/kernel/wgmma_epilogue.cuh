@@ -2,6 +2,7 @@
 // when a cluster splits K, each block adds the parts of all in rank order for its share of rows.
 #pragma once
 
+#include "activation.cuh"
 #include "params.h"
 #include "ptx_sm90.cuh"
 #include "wgmma_consumer.cuh"
@@ -36,12 +37,7 @@ class WgmmaEpilogue {
         if (chunk == first) share(sums, chunk);  // registers have no run-time index
       }
       sync();
-      if (p_.split_k > 1) {
-        exchange();
-        store_chunk<true>(work, first, n);
-      } else {
-        store_chunk<false>(work, first, n);
-      }
+      store_sums(work, first, n);
       sync();
       if (p_.split_k > 1 && thread_ < p_.split_k) {
         ptx::mbarrier_arrive_remote(&storage_.rest.parts_read[group_], thread_);
@@ -85,6 +81,15 @@ class WgmmaEpilogue {
     ptx::mbarrier_wait<true>(&storage_.rest.parts_ready[group_], chunks_ % 2);
   }
 
+  __device__ __forceinline__ void store_sums(const Work& work, int first, int n) {
+    if constexpr (Config::kCanGate) {
+      if (p_.activation != Activation::kNone) return store_gated_chunk(work, first);
+    }
+    if (p_.split_k == 1) return store_chunk<false>(work, first, n);
+    exchange();
+    store_chunk<true>(work, first, n);
+  }
+
   // Rows [first, first + kChunk) of the tile, some at once so as to wait for memory less often.
   // When K is split, row r is summed and stored by the block of rank r % split_k.
   template <bool split>
@@ -116,6 +121,29 @@ class WgmmaEpilogue {
     }
   }
 
+  // activation(gate, up) of rows [first, first + kChunk): 64 columns of gate, then the same of up.
+  // A warp a row, two columns a thread: the activation is long, and sums hold most registers.
+  __device__ __forceinline__ void store_gated_chunk(const Work& work, int first) {
+    const int column = thread_ % 32 * 2;
+    const int n = (work.column_block * Config::kGroups + group_) * kTile + column;
+    const auto& shared = storage_.rest.sums[group_];
+#pragma unroll 1
+    for (int r = thread_ / 32; r < Config::kChunk; r += kWarpgroup / 32) {
+      const int64_t row = work.out_row[first + r];
+      if (row < 0 || n >= p_.n) continue;
+      const float weight = p_.topk_weights == nullptr ? 1.f : p_.topk_weights[row];
+      alignas(4) Element narrow[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float gate = weigh(work.expert, n + i, weight, shared[r][column + i]);
+        const float up = weigh(work.expert, p_.n + n + i, weight, shared[r][kTile + column + i]);
+        narrow[i] = Config::from_float(activate(p_.activation, gate, up));
+      }
+      *reinterpret_cast<uint32_t*>(static_cast<Element*>(p_.out) + row * p_.n + n) =
+          *reinterpret_cast<const uint32_t*>(narrow);
+    }
+  }
+
   // This thread's columns of row r: its own block's sums, or those of all ranks in order.
   template <bool split>
   __device__ __forceinline__ void load(int r, float (&values)[kVector]) const {
@@ -143,9 +171,7 @@ class WgmmaEpilogue {
     alignas(16) Element narrow[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (p_.weights_before_bias) values[i] *= weight;
-      if (p_.bias != nullptr && n + i < p_.n) values[i] += bias(expert, n + i);
-      if (!p_.weights_before_bias) values[i] *= weight;
+      if (n + i < p_.n) values[i] = weigh(expert, n + i, weight, values[i]);
       narrow[i] = Config::from_float(values[i]);
     }
     const int64_t at = row * p_.n + n;
@@ -170,10 +196,15 @@ class WgmmaEpilogue {
     }
   }
 
-  __device__ __forceinline__ float bias(int expert, int n) const {
-    const int64_t stack_column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
-    return Config::to_float(
-        static_cast<const Element*>(p_.bias)[expert * p_.bias_stride + stack_column]);
+  // n: column of the product.
+  __device__ __forceinline__ float weigh(int expert, int n, float weight, float value) const {
+    if (p_.weights_before_bias) value *= weight;
+    if (p_.bias != nullptr) {
+      const int64_t column = p_.bias_stride == 0 ? n : p_.first_tile * kTile + n;
+      const auto* bias = static_cast<const Element*>(p_.bias);
+      value += Config::to_float(bias[expert * p_.bias_stride + column]);
+    }
+    return p_.weights_before_bias ? value : value * weight;
   }
 
   const GemmParams& p_;

@@ -17,6 +17,7 @@ struct WgmmaTile {
 
   constexpr int column_tiles() const { return groups * group_tiles; }
   constexpr int columns() const { return kTile * column_tiles(); }
+  constexpr bool can_gate() const { return group_tiles == 2; }
   constexpr int threads() const { return 128 * (groups + copy_groups); }
 };
 

@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "../kernel/activate_rows.cuh"
 #include "../kernel/combine_topk.cuh"
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
@@ -116,16 +115,6 @@ cudaError_t launch_combine(const CombineParams& params, ElementType element, Ord
   const auto kernel =
       element == ElementType::kFloat16 ? combine_topk<__half> : combine_topk<__nv_bfloat16>;
   return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
-}
-
-cudaError_t launch_activate(const ActivateParams& params, ElementType element, Order order,
-                            cudaStream_t stream) {
-  if (params.rows == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(params.rows),
-                  (params.columns + kActivateColumns - 1) / kActivateColumns);
-  const auto kernel =
-      element == ElementType::kFloat16 ? activate_rows<__half> : activate_rows<__nv_bfloat16>;
-  return launch(kernel, grid, kActivateThreads, 0, order, stream, params);
 }
 
 cudaError_t current_device(DeviceLimits* device) {

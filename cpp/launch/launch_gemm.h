@@ -31,8 +31,6 @@ cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream);
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream);
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream);
-cudaError_t launch_activate(const ActivateParams& params, ElementType element, Order order,
-                            cudaStream_t stream);
 cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
                            cudaStream_t stream);
 

@@ -32,17 +32,6 @@ void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
   }
 }
 
-// Where the wgmma kernel serves gate_up better, which has no gated epilogue: float32 products
-// first, then hidden values of them.
-void separate_activation(MoeFfnLaunch& layer, float* products) {
-  GemmParams& p = layer.gate_up.params;
-  layer.activate = {products, p.out, p.out_rows, p.n, p.activation};
-  p.activation = Activation::kNone;
-  p.n *= 2;
-  p.out = products;
-  p.out_is_float32 = true;
-}
-
 // x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
 cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* gathered, Order order,
                    cudaStream_t stream) {
@@ -65,19 +54,12 @@ cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* ga
 
 }  // namespace
 
-void plan_moe_ffn(MoeFfnLaunch& layer, float* products, int64_t products_size,
-                  const DeviceLimits& device) {
+void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device) {
   const bool tables = needs_tables(layer);
-  set_routing(layer.gate_up.params, layer.align, tables);
-  set_routing(layer.down.params, layer.align, tables);
-  GemmProblem gate_up = problem_of(layer.gate_up, layer.align);
-  gate_up.gated = false;
-  const int64_t needed = layer.gate_up.params.out_rows * gate_up.n;
-  if (products_size >= needed && select_tile(gate_up, device).wgmma) {
-    separate_activation(layer, products);
+  for (GemmLaunch* gemm : {&layer.gate_up, &layer.down}) {
+    set_routing(gemm->params, layer.align, tables);
+    gemm->choice = select_tile(problem_of(*gemm, layer.align), device);
   }
-  layer.gate_up.choice = select_tile(problem_of(layer.gate_up, layer.align), device);
-  layer.down.choice = select_tile(problem_of(layer.down, layer.align), device);
   layer.down.params.x_is_pending = true;
 }
 
@@ -98,9 +80,6 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
     follow(gather(gate_up.params, layer.gate_up_perm, topk_ids, layer.gathered_x, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(gate_up, order, stream));
-  if (status == cudaSuccess && layer.activate.rows > 0) {
-    follow(launch_activate(layer.activate, gate_up.element, order, stream));
-  }
   if (status == cudaSuccess && layer.down_perm != nullptr) {
     follow(gather(down.params, layer.down_perm, topk_ids, layer.gathered_hidden, order, stream));
   }

@@ -11,7 +11,6 @@ struct MoeFfnLaunch {
   GemmLaunch gate_up;             // x -> hidden, gated
   GemmLaunch down;                // hidden -> rows
   AlignParams align;
-  ActivateParams activate;        // where gate_up cannot be gated: products -> hidden
   CombineParams combine;
   const int* gate_up_perm;        // [num_experts, k] act-order, or null
   const int* down_perm;
@@ -19,9 +18,8 @@ struct MoeFfnLaunch {
   void* gathered_hidden;          // [tokens * top_k, x_stride] where down_perm
 };
 
-// Completes `layer` for `device`: tables or none, tiles, splits. products: room for as many floats.
-void plan_moe_ffn(MoeFfnLaunch& layer, float* products, int64_t products_size,
-                  const DeviceLimits& device);
+// Completes `layer` for `device`: tables or none, tiles, splits.
+void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device);
 cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream);
 
 }  // namespace jax_marlin

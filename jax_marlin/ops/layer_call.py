@@ -29,7 +29,6 @@ from jax_marlin.ops.primitive import (
 from jax_marlin.weights import MarlinExpertStack
 
 TARGET = "jax_marlin_moe_ffn_v1"
-_GATED_BLOCK_SIZE = 16  # up to it gate and up meet in the product itself on every GPU
 _FRAGMENT = 16  # a block of the kernel pairs 16 columns of gate with the same 16 of up
 
 
@@ -114,12 +113,10 @@ def _custom_call(
     scratch_bytes = ffi_targets.scratch_bytes(
         num_slots, moe_block_size, down_spec.k, down_spec.n, down_spec.bits
     )
-    # Full blocks of rows may have gate_up's products written out, in the place of down's rows.
-    row_floats = max(down_spec.n, 2 * down_spec.k * (moe_block_size > _GATED_BLOCK_SIZE))
     results = [
         ((num_tokens, down_spec.n), x.dtype),
         ((routes, down_spec.k), x.dtype),  # hidden
-        ((routes * row_floats,), np.float32),  # weighted rows, before their sum
+        ((routes, down_spec.n), np.float32),  # weighted rows, before their sum
         ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order
         ((routes, down_spec.k) if leaves[8].size else (0,), x.dtype),  # hidden in act-order
         ((num_slots,), np.int32),  # sorted_token_ids

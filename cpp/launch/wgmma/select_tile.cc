@@ -51,7 +51,8 @@ int64_t estimate(const GemmProblem& problem, const TileChoice& choice, int sm_co
 }  // namespace
 
 bool prefers_wgmma(const GemmProblem& problem) {
-  return !problem.gated && tile_rows(problem) >= kMinRows;
+  const bool pairs = problem.n % (2 * kTile) == 0;  // up starts at a column tile of its own
+  return tile_rows(problem) >= kMinRows && (pairs || !problem.gated);
 }
 
 TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
@@ -66,13 +67,14 @@ TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
   for (int tile = 0; tile < kNumWgmmaTiles; ++tile) {
     const WgmmaTile& t = kWgmmaTable[tile].tile;
     if (routed && t.tile_m != routed_rows) continue;
+    if (problem.gated && !t.can_gate()) continue;
     for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
       const TileChoice choice = choice_of(problem, tile, split_k);
       const int64_t blocks = choice.row_blocks * choice.n_blocks * split_k;
       const int64_t resident = static_cast<int64_t>(sm_count) * (split_k == 2 ? t.min_blocks : 1);
       const bool fits = blocks <= resident;
       const bool deep = ceil_div(problem.k, kTile) >= 4 * int64_t{split_k} * t.stage_tiles;
-      if (split_k > 1 && !(fits && deep)) break;
+      if (split_k > 1 && !(fits && deep && !problem.gated)) break;
       const int64_t clocks = estimate(problem, choice, sm_count);
       if (clocks < least) {
         least = clocks;

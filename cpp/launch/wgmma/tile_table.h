@@ -19,8 +19,10 @@ constexpr WgmmaTileRow kWgmmaTable[] = {
     {{32, 1, 1, 2, 4, 3, 1}, 285, 600, 4000},
     {{32, 2, 1, 2, 4, 2, 1}, 390, 750, 4000},
     {{64, 2, 1, 1, 2, 2, 1}, 650, 1030, 5000},
-    // Twice the columns read x half as often.
+    // Twice the columns read x half as often; two column tiles a warpgroup serve gated products.
+    {{32, 2, 2, 1, 1, 2, 1}, 800, 1600, 5000},
     {{64, 4, 1, 1, 2, 1, 1}, 830, 830, 6000},
+    {{64, 2, 2, 1, 1, 1, 1}, 870, 870, 7000},
     // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
     // narrow ones leave fewer multiprocessors idle in the last wave.
     {{128, 2, 1, 1, 2, 1, 2}, 820, 820, 6000},
