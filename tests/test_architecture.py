@@ -18,7 +18,7 @@ PYTHON_STAGES = [
     {"layout"},
     {"canonical"},
     {"linear", "weights", "stack_builder", "host_arrays"},
-    {"gptq_format", "gptq", "quantize", "act_order", "reference"},
+    {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},
     {"models"},
