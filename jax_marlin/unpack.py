@@ -31,8 +31,8 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
     stack, spec = w.stack, w.stack.spec
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(w)):
         raise TypeError(
-            f"{where}: the weight is traced (inside jax.jit, grad, vmap or scan), expected concrete "
-            "arrays; call it outside"
+            f"{where}: the weight is traced (inside jax.jit, grad, vmap or scan), expected arrays "
+            "with values; call it outside"
         )
     expert = min(max(int(w.expert), 0), stack.num_experts - 1)  # clamped, as everywhere
     start, stop = w.columns

@@ -1,4 +1,4 @@
-"""Checkpoints that are written: the same bits as were read, for us and for an independent reader."""
+"""Checkpoints that are written: the bits that were read, for us and an independent reader."""
 
 import json
 

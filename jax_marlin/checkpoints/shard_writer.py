@@ -61,6 +61,7 @@ class ShardWriter:
         path = self._part(len(self._names))
         # transformers asks for this entry
         safetensors.numpy.save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # its own file is for the owner alone
         self._names.append(list(self._pending))
         self._pending = {}
 

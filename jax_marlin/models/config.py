@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax_marlin.models.llama3_rope import Llama3Rope
+
 # transformers' name of an activation -> the name `moe_ffn` knows it by
 _ACTIVATIONS = {
     "silu": "silu",
@@ -21,7 +23,8 @@ class DecoderConfig:
 
     Sizes are counts of features, heads, experts or layers. `sparse_layers[i]` says whether layer i
     is a mixture of experts (else one dense MLP of `intermediate_size`). `hidden_act` is a name of
-    `moe_ffn`'s. A family that needs more derives its own class.
+    `moe_ffn`'s. `rope_scaling` is None for a
+    plain rope. A family that needs more derives its own class.
     """
 
     model_type: str
@@ -43,6 +46,8 @@ class DecoderConfig:
     tie_word_embeddings: bool
     max_position_embeddings: int
     sparse_layers: tuple[bool, ...]
+    mlp_bias: bool = dataclasses.field(default=False, kw_only=True)  # of dense MLPs
+    rope_scaling: Llama3Rope | None = dataclasses.field(default=None, kw_only=True)
 
 
 def decoder_fields(
@@ -75,6 +80,7 @@ def decoder_fields(
         "hidden_act": _activation(config),
         "rms_norm_eps": float(config.get("rms_norm_eps", rms_norm_eps)),
         "rope_theta": _rope_theta(config, rope_theta),
+        "rope_scaling": _rope_scaling(config),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": size(config, "max_position_embeddings"),
     }
@@ -89,6 +95,18 @@ def expert_counts(config: Mapping[str, Any]) -> dict[str, Any]:
             f"number of experts, {experts}"
         )
     return {"num_experts": experts, "num_experts_per_tok": top_k}
+
+
+def dense_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields about MLPs of a model that has no experts."""
+    return {
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": size(config, "intermediate_size"),
+        "moe_intermediate_size": 0,
+        "norm_topk_prob": False,
+        "sparse_layers": (False,) * size(config, "num_hidden_layers"),
+    }
 
 
 def qwen_moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,15 +170,27 @@ def _activation(config: Mapping[str, Any]) -> str:
     return _ACTIVATIONS[name]
 
 
+def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The rope dictionary of either generation of keys, and its type."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    return rope, rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> Llama3Rope | None:
+    rope, kind = _rope(config)
+    return Llama3Rope.parse(rope) if kind == "llama3" else None
+
+
 def _rope_theta(config: Mapping[str, Any], default: float) -> float:
     """Base of the rotary frequencies, from `rope_parameters`, or the older `rope_theta`."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope, kind = _rope(config)
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if kind != "default" or partial != 1.0 or set(rope) - _PLAIN_ROPE_KEYS:
+    unknown = set(rope) - _PLAIN_ROPE_KEYS if kind == "default" else kind != "llama3"
+    if partial != 1.0 or unknown:
         raise NotImplementedError(
             f"models.load: config.json asks for rope parameters {rope} and partial_rotary_factor "
-            f"{partial}, expected rope_type 'default' over whole heads; no other is implemented"
+            f"{partial}, expected rope_type 'default' or 'llama3' over whole heads; no other is "
+            "implemented"
         )
     old, new = config.get("rope_theta"), rope.get("rope_theta")
     if old is not None and new is not None and old != new:

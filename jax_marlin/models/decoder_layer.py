@@ -43,7 +43,7 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, c.rms_norm_eps)
             k = rms_norm(k, self.k_norm, c.rms_norm_eps)
-        q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        q, k = (rotate(heads, positions, c.rope_theta, c.rope_scaling) for heads in (q, k))
         if past is not None:
             k = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)

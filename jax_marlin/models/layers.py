@@ -1,6 +1,7 @@
 """Pieces that decoders share: dense linear, RMS norm, rotary embedding, attention, KV cache."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +77,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (wide * _over_last_axis(weight, x.ndim)).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotate(
+    x: jax.Array,
+    positions: jax.Array,
+    theta: float,
+    scaling: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Rotary position embedding over whole heads, halves paired (not neighbours).
 
     Args:
         x: `[batch, seq, heads, head_dim]`.
         positions: int32 `[seq]`.
         theta: base of the frequencies.
+        scaling: what becomes of the frequencies float32 `[head_dim / 2]`; None: they stay.
 
     Returns:
         x's shape and dtype; features (i, i + head_dim / 2) are turned by `position *
@@ -90,6 +97,8 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [D / 2]
+    if scaling is not None:
+        frequencies = scaling(frequencies)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]  # [seq, D / 2]
     cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.checkpoints import open_checkpoint
-from jax_marlin.models import mixtral, qwen2_moe, qwen3_moe
+from jax_marlin.models import llama, mixtral, qwen2_moe, qwen3, qwen3_moe
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.family import Family
 from jax_marlin.models.module_reader import ModuleReader
 
-_FAMILIES = {f.model_type: f for f in (mixtral.FAMILY, qwen2_moe.FAMILY, qwen3_moe.FAMILY)}
+_MODULES = (llama, mixtral, qwen2_moe, qwen3, qwen3_moe)
+_FAMILIES = {family.FAMILY.model_type: family.FAMILY for family in _MODULES}
 
 
 def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None) -> CausalLM:
@@ -26,8 +27,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
     plus one expert.
 
     Args:
-        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE or Qwen3-MoE
-            model whose experts are GPTQ-quantized.
+        path: a directory with config.json and safetensors of a Llama, Mixtral, Qwen2-MoE, Qwen3 or
+            Qwen3-MoE model; experts must be quantized.
         dtype: compute dtype: float16 or bfloat16 (CUDA kernels), or float32 (plain JAX anywhere).
             None: the dtype that config.json names.
 
@@ -36,7 +37,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
 
     Raises:
         NotImplementedError: an architecture, or a setting of config.json that changes the result,
-            that is not implemented: a sliding window, a scaled rope, an unknown activation.
+            that is not implemented: a sliding window, a scaled rope (except Llama 3's), an
+            unknown activation.
         ValueError: tensors are missing, malformed, or unknown to the architecture; keys of
             config.json are missing or contradict each other.
 
