@@ -22,7 +22,7 @@ PYTHON_STAGES = [
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},
     {"models"},
-    {"inspect", "generate", "bench"},
+    {"inspect", "demo", "answer", "generate", "bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]

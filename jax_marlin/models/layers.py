@@ -52,7 +52,8 @@ class KVCache:
     Attributes:
         keys: for each layer `[batch, capacity, num_key_value_heads, head_dim]`, rotated.
         values: the same shapes.
-        length: int32 scalar, positions filled; those past it hold zeros.
+        length: int32, positions filled: a scalar, or `[batch]` where rows differ. What lies past
+            them is never read.
     """
 
     keys: tuple[jax.Array, ...]
