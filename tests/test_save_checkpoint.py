@@ -161,6 +161,30 @@ def test_modules_that_differ_get_rules(tmp_path):
                 np.testing.assert_array_equal(again.dequantize(), w.dequantize())
 
 
+@pytest.mark.parametrize(
+    ("shapes", "base", "rules"),
+    [
+        ({"a": (128, 32), "b": (32, 32), "c": (64, 32)}, 32, []),
+        ({"a": (128, -1), "b": (64, -1)}, -1, []),
+        ({"a": (128, 32), "b": (64, 32), "c": (64, -1)}, 32, [("+:^c$", -1)]),
+    ],
+)
+def test_one_group_for_all_of_k(tmp_path, shapes, base, rules):
+    """-1 in the config, but no rule of its own where K happens to be one group of the others'."""
+    weights = {
+        name: jm.quantize(np.eye(k, 64, dtype=np.float32), group_size=group_size)
+        for name, (k, group_size) in shapes.items()
+    }
+    save_checkpoint(tmp_path / "a", weights)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    assert config["group_size"] == base
+    assert [(name, rule["group_size"]) for name, rule in config["dynamic"].items()] == rules
+    with open_checkpoint(tmp_path / "a") as checkpoint:
+        for name, w in weights.items():
+            again = checkpoint.load_linear(name)
+            assert jax.tree.structure(again) == jax.tree.structure(w)
+
+
 def test_dense_weights_alone_are_a_dense_checkpoint(tmp_path):
     save_checkpoint(tmp_path / "a", {"x.weight": jnp.ones((3, 5))}, {"quantization_config": {}})
     with open_checkpoint(tmp_path / "a") as checkpoint:

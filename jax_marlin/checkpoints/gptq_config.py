@@ -7,13 +7,16 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+_KEYS = ("bits", "group_size", "sym")
+
 
 class Parameters(NamedTuple):
-    """What a reader must know of one module; the fields are named as config.json names them."""
+    """What a reader must know of one module."""
 
     bits: int
-    group_size: int  # -1 is one group for all of K
-    sym: bool
+    group_size: int
+    symmetric: bool
+    k: int
 
 
 def quantization_config(
@@ -31,25 +34,28 @@ def quantization_config(
         desc_act: whether any module has rows in act-order.
         checkpoint_format: `"gptq"` or `"gptq_v2"`.
 
-    >>> modules = {f"layers.{i}.down": Parameters(8 if i == 1 else 4, 64, True) for i in range(3)}
+    >>> bits = [4, 8, 4]
+    >>> modules = {f"layers.{i}.down": Parameters(bits[i], 64, True, 768) for i in range(3)}
     >>> config = quantization_config(modules, ["layers.0.gate"], False, "gptq")
     >>> config["bits"], list(config["dynamic"])
     (4, ['+:^layers\\\\.1\\\\.down$', '-:^layers\\\\.\\\\d+\\\\.gate$'])
     """
     from jax_marlin import __version__
 
-    counts = collections.Counter(parameters.values())
+    written = _as_written(parameters)
+    counts = collections.Counter(written.values())
     base = counts.most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
     for odd in counts:
         if odd != base:
-            names = [name for name, own in parameters.items() if own == odd]
-            rest = [name for name, own in parameters.items() if own != odd]
-            dynamic |= {f"+:{pattern}": odd._asdict() for pattern in _patterns(names, rest)}
+            names = [name for name, own in written.items() if own == odd]
+            rest = [name for name, own in written.items() if own != odd]
+            rule = dict(zip(_KEYS, odd, strict=True))
+            dynamic |= {f"+:{pattern}": rule for pattern in _patterns(names, rest)}
     dynamic |= {f"-:{pattern}": {} for pattern in _patterns(dense, parameters)}
     return {
         "quant_method": "gptq",
-        **base._asdict(),
+        **dict(zip(_KEYS, base, strict=True)),
         "desc_act": desc_act,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
@@ -57,6 +63,20 @@ def quantization_config(
         "dynamic": dynamic,
         "meta": {"quantizer": [f"jax_marlin:{__version__}"]},
     }
+
+
+def _as_written(parameters: Mapping[str, Parameters]) -> dict[str, tuple[int, int, bool]]:
+    """Values of `_KEYS` for each module.
+
+    One group for all of K is written -1, unless that is also the size of the others' groups.
+    """
+    sizes = [p.group_size for p in parameters.values() if p.group_size < p.k]
+    common = collections.Counter(sizes).most_common(1)[0][0] if sizes else -1
+
+    def size(p: Parameters) -> int:
+        return p.group_size if p.group_size < p.k or p.group_size == common else -1
+
+    return {name: (p.bits, size(p), p.symmetric) for name, p in parameters.items()}
 
 
 def _patterns(names: Collection[str], others: Collection[str]) -> list[str]:

@@ -90,7 +90,6 @@ def save_checkpoint(
                     dense.append(str(name).removesuffix(".weight"))
                 continue
             spec = (weight if isinstance(weight, MarlinExpertStack) else weight.stack).spec
-            group_size = -1 if spec.group_size == spec.k else spec.group_size
             for module, part in _modules(name, weight, where):
                 tensors = canonical_to_gptq(
                     part,
@@ -99,7 +98,9 @@ def save_checkpoint(
                     checkpoint_format=checkpoint_format,
                 )
                 writer.add({f"{module}.{key}": array for key, array in tensors.items()}, where)
-                parameters[module] = Parameters(spec.bits, group_size, part.zero_points is None)
+                parameters[module] = Parameters(
+                    spec.bits, spec.group_size, part.zero_points is None, spec.k
+                )
                 desc_act |= part.perm is not None
         if not parameters and not dense:
             raise ValueError(f"{where}: weights is empty, expected at least one weight")

@@ -65,7 +65,7 @@ def load_stop_tokens(path: str | os.PathLike[str]) -> tuple[int, ...]:
     >>> import jax_marlin as jm
     >>> from jax_marlin.data import bundled_checkpoint
     >>> jm.models.load_stop_tokens(bundled_checkpoint())
-    (2,)
+    (511,)
     """
     for name in ("generation_config.json", "config.json"):
         file = pathlib.Path(path) / name
