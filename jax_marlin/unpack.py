@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jax_marlin import layout
 from jax_marlin.canonical import CanonicalLinear, is_identity
@@ -29,7 +30,7 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
     (64, 96)
     """
     stack, spec = w.stack, w.stack.spec
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(w)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(w)):
         raise TypeError(
             f"{where}: the weight is traced (inside jax.jit, grad, vmap or scan), expected arrays "
             "with values; call it outside"

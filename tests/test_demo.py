@@ -21,6 +21,7 @@ from jax_marlin.checkpoints import save_checkpoint  # noqa: E402
 from jax_marlin.demo import build, source  # noqa: E402
 from jax_marlin.demo.gguf_llama import GgufLlama  # noqa: E402
 from jax_marlin.demo.upcycle import Recipe, upcycle  # noqa: E402
+from jax_marlin.models.decoder_layer import SparseMlp  # noqa: E402
 
 WEIGHTS = random_weights()
 
@@ -109,7 +110,8 @@ def test_demo_checkpoint_is_an_ordinary_mixtral(tmp_path, gguf_path):
         assert len(packed) == LAYERS * 8 * 3
         assert {(m.bits, m.group_size) for m in packed} == {(4, -1)}  # K is 64
     model = jm.models.load(path)
-    assert model.layers[0].mlp.down.shape == (8, INNER // 2, 64)
+    mlp = model.layers[0].mlp
+    assert isinstance(mlp, SparseMlp) and mlp.down.shape == (8, INNER // 2, 64)
     assert jm.models.load_stop_tokens(path) == (2,)
     assert "upcycled" in (path / "README.md").read_text()
 

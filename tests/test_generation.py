@@ -107,8 +107,10 @@ def test_runs_are_parts_of_the_whole(model, greedy, steps, lengths):
 
 def test_top_k_of_one_and_tiny_top_p_are_greedy(model, greedy):
     key = jax.random.key(3)
-    for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"top_k": 1, "top_p": 0.5}):
-        tokens = models.generate(model, PROMPTS, 9, temperature=3.0, key=key, **filters)
+    for top_k, top_p in [(1, None), (None, 1e-6), (1, 0.5)]:
+        tokens = models.generate(
+            model, PROMPTS, 9, temperature=3.0, key=key, top_k=top_k, top_p=top_p
+        )
         np.testing.assert_array_equal(tokens, greedy)
 
 

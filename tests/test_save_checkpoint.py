@@ -59,7 +59,8 @@ def random_linear(k, n, bits, **options):
     ids=str,
 )
 def test_round_trip_is_exact(tmp_path, bits, shape, options):
-    w, weight = random_linear(*shape, bits, **options)
+    k, n = shape
+    w, weight = random_linear(k, n, bits, **options)
     save_checkpoint(tmp_path / "a", {MODULE: w})
     with open_checkpoint(tmp_path / "a") as checkpoint:
         again = checkpoint.load_linear(MODULE)
@@ -67,6 +68,7 @@ def test_round_trip_is_exact(tmp_path, bits, shape, options):
     for leaf, expected in zip(jax.tree.leaves(again), jax.tree.leaves(w), strict=True):
         assert leaf.dtype == expected.dtype
         np.testing.assert_array_equal(leaf, expected)
+    assert isinstance(again, jm.MarlinLinear)
     np.testing.assert_allclose(again.dequantize("float32"), weight, rtol=1e-6, atol=1e-7)
 
 
@@ -127,6 +129,7 @@ def test_stacks_split_into_experts_and_projections(tmp_path):
         gate_up = checkpoint.load_expert_stack([name[:2] for name in names])
         down = checkpoint.load_expert_stack([name[2] for name in names])
         first = checkpoint.load_linear("model.layers.0.self_attn.q_proj")
+        assert isinstance(first, jm.MarlinLinear)
         save_checkpoint(tmp_path / "a", {
             (f"{prefix}.{{}}.gate_proj", f"{prefix}.{{}}.up_proj"): gate_up,
             f"{prefix}.{{}}.down_proj": down,
@@ -137,6 +140,7 @@ def test_stacks_split_into_experts_and_projections(tmp_path):
                 np.testing.assert_array_equal(array, checkpoint.tensor(name))
     with open_checkpoint(tmp_path / "a") as checkpoint:
         one = checkpoint.load_linear("one")
+    assert isinstance(one, jm.MarlinLinear)
     np.testing.assert_array_equal(one.dequantize(), first.dequantize()[:, 64:128])
 
 
@@ -157,6 +161,7 @@ def test_modules_that_differ_get_rules(tmp_path):
         for name, w in weights.items():
             if name != "layers.0.up2.weight":
                 again = checkpoint.load_linear(name)
+                assert isinstance(again, jm.MarlinLinear)
                 assert jax.tree.structure(again) == jax.tree.structure(w)
                 np.testing.assert_array_equal(again.dequantize(), w.dequantize())
 

@@ -50,7 +50,7 @@ def quantization_config(
         if odd != base:
             names = [name for name, own in written.items() if own == odd]
             rest = [name for name, own in written.items() if own != odd]
-            rule = dict(zip(_KEYS, odd, strict=True))
+            rule: dict[str, Any] = dict(zip(_KEYS, odd, strict=True))
             dynamic |= {f"+:{pattern}": rule for pattern in _patterns(names, rest)}
     dynamic |= {f"-:{pattern}": {} for pattern in _patterns(dense, parameters)}
     return {

@@ -26,7 +26,7 @@ _FORMATS = ("gptq", "gptq_v2")
 
 def save_checkpoint(
     path: str | os.PathLike[str],
-    weights: Mapping[Name, Any] | Iterable[tuple[Name, Any]],
+    weights: Mapping[Any, Any] | Iterable[tuple[Name, Any]],
     config: Mapping[str, Any] | None = None,
     *,
     checkpoint_format: str = "gptq",
@@ -82,7 +82,8 @@ def save_checkpoint(
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         writer = ShardWriter(partial, max_shard_bytes)
-        for name, weight in weights.items() if isinstance(weights, Mapping) else weights:
+        items: Any = weights.items() if isinstance(weights, Mapping) else weights
+        for name, weight in items:
             if not isinstance(weight, MarlinLinear | MarlinExpertStack):
                 array = _dense_tensor(name, weight, where)
                 writer.add({str(name): array}, where)

@@ -119,8 +119,10 @@ def _weights(source: GgufLlama, num_layers: int) -> Iterator[tuple[str, Any]]:
         # Attention is a small part of the weights and stays as it is.
         for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield dense(f"{layer}.self_attn.{projection}")
-        mlp = [source.weight(f"{layer}.mlp.{name}_proj").T for name in ("gate", "up", "down")]
-        experts = upcycle(*mlp, _RECIPE, seed=i)
+        gate, up, down = (
+            source.weight(f"{layer}.mlp.{name}_proj").T for name in ("gate", "up", "down")
+        )
+        experts = upcycle(gate, up, down, _RECIPE, seed=i)
         block = f"{layer}.block_sparse_moe"
         yield f"{block}.gate.weight", np.ascontiguousarray(experts.router.T.astype(np.float16))
         for name, weight in [("w1", experts.gate), ("w3", experts.up), ("w2", experts.down)]:

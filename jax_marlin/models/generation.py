@@ -216,7 +216,8 @@ def _prompts(ids: Any, vocab_size: int) -> tuple[jax.Array, jax.Array | None]:
             for row, out in zip(rows, padded, strict=True):
                 out[: len(row)] = row
             return check_ids(padded, vocab_size, "generate"), jnp.asarray(lengths, jnp.int32)
-    return check_ids(ids, vocab_size, "generate"), None
+    prompt: Any = ids
+    return check_ids(prompt, vocab_size, "generate"), None
 
 
 def with_progress(runs: Iterator[jax.Array], total: int, done: int = 0) -> Iterator[jax.Array]:

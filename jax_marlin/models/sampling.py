@@ -62,7 +62,7 @@ class Sampling:
         >>> sampling(jnp.array([[0.0, 2.0, 1.0]]), jnp.int32(0)).tolist()
         [1]
         """
-        if self.key is None:
+        if self.key is None or self.temperature is None:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         key, logits = jax.random.fold_in(self.key, step), logits / self.temperature
         if self.top_k is None and self.top_p is None:
