@@ -20,7 +20,7 @@ from jax_marlin import cli  # noqa: E402
 from jax_marlin.checkpoints import save_checkpoint  # noqa: E402
 from jax_marlin.demo import build, source  # noqa: E402
 from jax_marlin.demo.gguf_llama import GgufLlama  # noqa: E402
-from jax_marlin.demo.upcycle import Recipe, upcycle  # noqa: E402
+from jax_marlin.demo.upcycle import Recipe, balance, upcycle  # noqa: E402
 from jax_marlin.models.decoder_layer import SparseMlp  # noqa: E402
 
 WEIGHTS = random_weights()
@@ -76,6 +76,25 @@ def test_upcycled_layer_without_noise_is_the_dense_one(recipe):
     np.testing.assert_allclose(got, (g / (1 + np.exp(-g)) * (x @ up)) @ down, atol=1e-5)
 
 
+def test_balanced_layer_is_the_same_and_rounds_better():
+    rng = np.random.default_rng(2)
+    norm, x = rng.uniform(0.5, 2, 32), rng.standard_normal((200, 32))
+    gate, up, down = (rng.standard_normal(s) / 6 for s in [(32, 64), (32, 64), (64, 32)])
+    up *= np.exp(rng.standard_normal(64))  # features of all sizes
+
+    def mlp(up, down):
+        g = (norm * x) @ gate
+        return (g / (1 + np.exp(-g)) * ((norm * x) @ up)) @ down
+
+    def rounded(down):
+        return jm.quantize(down, group_size=64, symmetric=False, dtype="float32").dequantize()
+
+    expected, (balanced_up, balanced_down) = mlp(up, down), balance(norm, gate, up, down)
+    np.testing.assert_allclose(mlp(balanced_up, balanced_down), expected, rtol=1e-12, atol=1e-12)
+    error = np.abs(mlp(up, rounded(down)) - expected).mean()
+    assert np.abs(mlp(balanced_up, rounded(balanced_down)) - expected).mean() < 0.8 * error
+
+
 def test_no_two_experts_are_equal():
     dense = np.random.default_rng(1).standard_normal((24, 40))
     experts = upcycle(dense, dense, dense.T, Recipe(), seed=3)
@@ -91,6 +110,7 @@ def test_demo_checkpoint_computes_what_the_dense_model_does(tmp_path, gguf_path,
     """At 8 bit, which holds these weights exactly, and without noise, the two are one model."""
     monkeypatch.setattr(build, "_RECIPE", dataclasses.replace(Recipe(), noise=0.0))
     monkeypatch.setattr(build, "quantize", lambda w, **how: jm.quantize(w, bits=8, **how))
+    monkeypatch.setattr(build, "balance", lambda norm, gate, up, down: (up, down))
     path = build.demo_checkpoint(tmp_path / "cache", gguf=gguf_path)
     config = GgufLlama(gguf_path).config() | {"model_type": "llama", "dtype": "float32"}
     dense = {f"{name}.weight": weight for name, weight in WEIGHTS.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from jax_marlin.checkpoints import save_checkpoint
 from jax_marlin.demo.gguf_llama import GgufLlama
 from jax_marlin.demo.source import smollm2_gguf
-from jax_marlin.demo.upcycle import Recipe, upcycle
+from jax_marlin.demo.upcycle import Recipe, balance, upcycle
 from jax_marlin.quantize import quantize
 
 CACHE_VARIABLE = "JAX_MARLIN_CACHE"
@@ -88,7 +88,7 @@ def _build(source: GgufLlama, path: pathlib.Path) -> None:
     config = dense | {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "dtype": "float16",
+        "dtype": "bfloat16",  # what the model was trained in
         "hidden_act": "silu",
         "sliding_window": None,
         "intermediate_size": dense["intermediate_size"] // _RECIPE.shards,
@@ -122,6 +122,7 @@ def _weights(source: GgufLlama, num_layers: int) -> Iterator[tuple[str, Any]]:
         gate, up, down = (
             source.weight(f"{layer}.mlp.{name}_proj").T for name in ("gate", "up", "down")
         )
+        up, down = balance(source.weight(f"{layer}.post_attention_layernorm"), gate, up, down)
         experts = upcycle(gate, up, down, _RECIPE, seed=i)
         block = f"{layer}.block_sparse_moe"
         yield f"{block}.gate.weight", np.ascontiguousarray(experts.router.T.astype(np.float16))
