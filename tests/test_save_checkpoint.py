@@ -101,20 +101,57 @@ def test_files_are_those_that_were_read(tmp_path, checkpoint_format, scale_dtype
     assert config["checkpoint_format"] == checkpoint_format
 
 
+def stored_and_packed(checkpoint):
+    """For `save_checkpoint`: quantized modules packed, everything else as stored."""
+    for name, module in checkpoint.modules.items():
+        if module.quantization is not None:
+            yield name, checkpoint.load_linear(name)
+        else:
+            yield from ((t.name, checkpoint.tensor(t.name)) for t in module.tensors.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3moe-gptq-sym-g128",
+        "qwen3moe-gptq-sym-desc-dynamic-lmhead",
+        "qwen3moe-gptq-sym-channel",
+        "qwen3moe-gptqv2-asym-g64",
+        "mixtral-gptq-asym-desc-g64",
+        "mixtral-gptq-sym-g128-classic-sharded",
+        "qwen2moe-gptq-asym-g64-bias-shared",
+    ],
+)
+def test_files_of_other_tools_come_back_as_they_were(tmp_path, find_checkpoint, name):
+    with open_checkpoint(find_checkpoint(name)) as checkpoint:
+        save_checkpoint(
+            tmp_path / "a",
+            stored_and_packed(checkpoint),
+            checkpoint.config,
+            checkpoint_format=checkpoint.format,
+        )
+        written = tensors_of(tmp_path / "a")
+        assert written.keys() == set(checkpoint.names())
+        for tensor, array in written.items():
+            expected = checkpoint.tensor(tensor)
+            assert array.dtype == expected.dtype and array.tobytes() == expected.tobytes(), tensor
+        with open_checkpoint(tmp_path / "a") as again:
+            for module, info in checkpoint.modules.items():
+                assert again.modules[module].bits == info.bits
+    ids = np.array([[3, 1, 4, 1, 5]])
+    got, expected = (jm.models.load(p, "float32")(ids) for p in (tmp_path / "a", checkpoint.path))
+    np.testing.assert_array_equal(got, expected)
+
+
 def test_whole_model_of_another_format_becomes_gptq(tmp_path, find_checkpoint):
     source = find_checkpoint("qwen3moe-awq-asym-g64")
     with open_checkpoint(source) as checkpoint:
-
-        def weights():
-            for name, module in checkpoint.modules.items():
-                if module.quantization is not None:
-                    yield name, checkpoint.load_linear(name)
-                else:
-                    yield from (
-                        (t.name, checkpoint.tensor(t.name)) for t in module.tensors.values()
-                    )
-
-        save_checkpoint(tmp_path / "a", weights(), checkpoint.config, max_shard_bytes=200_000)
+        save_checkpoint(
+            tmp_path / "a",
+            stored_and_packed(checkpoint),
+            checkpoint.config,
+            max_shard_bytes=200_000,
+        )
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 3
     ids = np.array([[3, 1, 4, 1, 5]])
     got, expected = (jm.models.load(p, "float32")(ids) for p in (tmp_path / "a", source))
