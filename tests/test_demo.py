@@ -125,7 +125,7 @@ def test_demo_checkpoint_computes_what_the_dense_model_does(tmp_path, gguf_path,
 def test_demo_checkpoint_is_an_ordinary_mixtral(tmp_path, gguf_path):
     path = build.demo_checkpoint(tmp_path, gguf=gguf_path)
     with jm.checkpoints.open_checkpoint(path) as checkpoint:
-        assert checkpoint.format == "gptq" and checkpoint.config["model_type"] == "mixtral"
+        assert checkpoint.format == "gptq_v2" and checkpoint.config["model_type"] == "mixtral"
         packed = [m for m in checkpoint.modules.values() if m.quantization is not None]
         assert len(packed) == LAYERS * 8 * 3
         assert {(m.bits, m.group_size) for m in packed} == {(4, -1)}  # K is 64

@@ -52,7 +52,7 @@ def demo_checkpoint(cache: pathlib.Path, *, gguf: pathlib.Path | None = None) ->
         OSError: the model cannot be fetched, or the cache cannot be written.
     """
     target = cache / _NAME
-    if target.is_dir():
+    if (target / "config.json").is_file():
         return target
     _require_extra()
     cache.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def demo_checkpoint(cache: pathlib.Path, *, gguf: pathlib.Path | None = None) ->
         try:
             built.replace(target)  # at once, so that nobody meets half a checkpoint
         except OSError:
-            if not target.is_dir():  # else another process was first
+            if not (target / "config.json").is_file():  # else another process was first
                 raise
     return target
 
@@ -96,7 +96,10 @@ def _build(source: GgufLlama, path: pathlib.Path) -> None:
         "num_experts_per_tok": _RECIPE.shards,
     }
     weights = _weights(source, dense["num_hidden_layers"])
-    save_checkpoint(path, weights, config, max_shard_bytes=_SHARD_BYTES)
+    # Version 2 stores asymmetric zero points in the way that GPTQModel takes from any writer.
+    save_checkpoint(
+        path, weights, config, checkpoint_format="gptq_v2", max_shard_bytes=_SHARD_BYTES
+    )
     source.tokenizer().save(str(path / "tokenizer.json"))
     generation = {key: dense[key] for key in ("bos_token_id", "eos_token_id")}
     (path / "generation_config.json").write_text(json.dumps(generation))
