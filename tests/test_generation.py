@@ -7,7 +7,8 @@ import pytest
 
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
-from jax_marlin.models.generation import _decode, _prefill, _stop_tokens, stream
+from jax_marlin.models.decoding import decode, prefill
+from jax_marlin.models.generation import _stop_tokens, stream
 from jax_marlin.models.sampling import Sampling
 
 PROMPTS = np.array([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7], [0, 511, 27, 18, 2, 81, 8]])
@@ -127,9 +128,9 @@ def test_compiles_once_whatever_the_numbers(model, monkeypatch):
 def test_cache_is_donated(model):
     sampling, stops = Sampling(), _stop_tokens(None)
     cache = model.empty_cache(3, 9)
-    decoded = _prefill(model, jnp.asarray(PROMPTS), None, cache, sampling, stops, 3)
+    decoded = prefill(model, jnp.asarray(PROMPTS), None, cache, sampling, stops, 3)
     assert all(leaf.is_deleted() for leaf in (*cache.keys, *cache.values))
-    _decode(model, decoded, sampling, stops, jnp.int32(2))
+    decode(model, decoded, sampling, stops, jnp.int32(2))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(decoded))
 
 

@@ -1,7 +1,5 @@
-"""Decoding with a KV cache: one call reads the prompts, then a loop on the device adds tokens."""
+"""`generate`: its arguments checked, prompts padded, and tokens handed out as they are decoded."""
 
-import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin.models.causal_lm import CausalLM, check_ids
+from jax_marlin.models.decoding import decode, prefill
 from jax_marlin.models.layers import KVCache
 from jax_marlin.models.sampling import Sampling
 
@@ -111,24 +110,6 @@ def stream(
     return _stream(model, prompt, lengths, cache, sampling, stops, max_new_tokens, steps)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Decoded:
-    """Where decoding stands, on the device; donated from call to call.
-
-    Attributes:
-        cache: all tokens read, so all but the last one chosen.
-        tokens: int32 `[batch, max_new_tokens]`, the first `count` of them chosen.
-        count: int32 scalar.
-        ended: bool `[batch]`, rows that have met a stop token.
-    """
-
-    cache: KVCache
-    tokens: jax.Array
-    count: jax.Array
-    ended: jax.Array
-
-
 def _stream(
     model: CausalLM,
     prompt: jax.Array,
@@ -139,13 +120,13 @@ def _stream(
     max_new_tokens: int,
     steps: Sequence[int],
 ) -> Iterator[jax.Array]:
-    decoded = _prefill(model, prompt, lengths, cache, sampling, stops, max_new_tokens)
+    decoded = prefill(model, prompt, lengths, cache, sampling, stops, max_new_tokens)
     count = 1
     yield decoded.tokens[:, :count]
     lengths_of_runs = itertools.chain(steps, itertools.repeat(steps[-1]))
     while count < max_new_tokens:
         wanted = min(next(lengths_of_runs), max_new_tokens - count)
-        decoded = _decode(model, decoded, sampling, stops, jnp.int32(wanted))
+        decoded = decode(model, decoded, sampling, stops, jnp.int32(wanted))
         start, count = count, count + wanted
         if stops.size > 0:
             count = int(decoded.count)
@@ -153,44 +134,6 @@ def _stream(
             yield decoded.tokens[:, start:count]
         if count < start + wanted:
             return
-
-
-@functools.partial(jax.jit, static_argnames="max_new_tokens", donate_argnames="cache")
-def _prefill(
-    model: CausalLM,
-    prompt: jax.Array,
-    lengths: jax.Array | None,
-    cache: KVCache,
-    sampling: Sampling,
-    stops: jax.Array,
-    max_new_tokens: int,
-) -> _Decoded:
-    """Reads the prompts `[batch, seq]` and chooses the first token of each row."""
-    logits, cache = model.extend(prompt, cache, lengths)
-    token = sampling(logits, jnp.int32(0))  # [batch]
-    tokens = jnp.zeros((prompt.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(token)
-    return _Decoded(cache, tokens, jnp.int32(1), _is_one_of(token, stops))
-
-
-@functools.partial(jax.jit, donate_argnames="decoded")
-def _decode(
-    model: CausalLM, decoded: _Decoded, sampling: Sampling, stops: jax.Array, steps: jax.Array
-) -> _Decoded:
-    """Adds up to `steps` tokens; fewer if all rows end."""
-    end = decoded.count + steps
-
-    def step(d: _Decoded) -> _Decoded:
-        last = jax.lax.dynamic_slice_in_dim(d.tokens, d.count - 1, 1, axis=1)  # [batch, 1]
-        logits, cache = model.extend(last, d.cache)
-        token = jnp.where(d.ended, last[:, 0], sampling(logits, d.count))
-        tokens = jax.lax.dynamic_update_slice_in_dim(d.tokens, token[:, None], d.count, axis=1)
-        return _Decoded(cache, tokens, d.count + 1, d.ended | _is_one_of(token, stops))
-
-    return jax.lax.while_loop(lambda d: (d.count < end) & ~d.ended.all(), step, decoded)
-
-
-def _is_one_of(token: jax.Array, stops: jax.Array) -> jax.Array:
-    return (token[:, None] == stops[None, :]).any(axis=1)
 
 
 def _stop_tokens(eos_token_id: int | Sequence[int] | None) -> jax.Array:
