@@ -222,6 +222,13 @@ def test_generate_is_greedy_without_a_cache(model):
     np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
 
 
+def test_prompts_of_different_lengths_as_if_alone(model):
+    prompts = [IDS[0], IDS[1, :2], IDS[1, 3:]]
+    tokens = np.asarray(models.generate(model, prompts, 6))
+    for prompt, row in zip(prompts, tokens, strict=True):
+        np.testing.assert_array_equal(row, models.generate(model, prompt[None], 6)[0])
+
+
 def test_kimi_k2_is_the_same_architecture(tmp_path, model):
     other = models.load(saved(tmp_path, model_type="kimi_k2"))
     assert other.config.model_type == "kimi_k2"
