@@ -233,6 +233,30 @@ def test_dense_weights_alone_are_a_dense_checkpoint(tmp_path):
         assert checkpoint.format == "dense" and checkpoint.load_linear("x").shape == (5, 3)
 
 
+def test_unquantized_experts_stay_so_beside_packed_ones(tmp_path):
+    rng = np.random.default_rng(4)
+    weight, bias = rng.standard_normal((3, 32, 80)), rng.standard_normal((3, 80))
+    gate_up = jm.DenseExpertStack(
+        jnp.asarray(weight, jnp.bfloat16), jnp.asarray(bias, jnp.bfloat16)
+    )
+    down = jm.quantize(rng.standard_normal((3, 40, 32)).astype(np.float32), group_size=-1)
+    one = jm.DenseExpertStack(jnp.asarray(weight[0], jnp.float16))
+    save_checkpoint(tmp_path / "a", {
+        ("experts.{}.gate", "experts.{}.up"): gate_up, "experts.{}.down": down, "one": one,
+    })  # fmt: skip
+    with open_checkpoint(tmp_path / "a") as checkpoint:
+        assert checkpoint.modules["experts.2.up"].quantization is None
+        names = [(f"experts.{e}.gate", f"experts.{e}.up") for e in range(3)]
+        again = checkpoint.load_expert_stack(names)
+        np.testing.assert_array_equal(checkpoint.load_linear("one"), one.weight)
+    assert isinstance(again, jm.DenseExpertStack)
+    for leaf, expected in zip(jax.tree.leaves(again), jax.tree.leaves(gate_up), strict=True):
+        assert leaf.dtype == expected.dtype
+        np.testing.assert_array_equal(leaf, expected)
+    with pytest.raises(ValueError, match=r"^save_checkpoint: .*cannot share 80 columns"):
+        save_checkpoint(tmp_path / "b", {("{}.a", "{}.b", "{}.c"): gate_up})
+
+
 W = jm.quantize(np.ones((2, 64, 96), np.float32), group_size=32)
 
 

@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.checkpoints.gptq_config import Parameters, quantization_config
 from jax_marlin.checkpoints.shard_writer import ShardWriter
+from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.gptq_format import canonical_to_gptq
 from jax_marlin.host_arrays import host_array
 from jax_marlin.unpack import unpack_linear
@@ -42,8 +44,9 @@ def save_checkpoint(
         path: the directory to write; it must not exist, or be empty.
         weights: names and weights. A `MarlinLinear` goes under its module's name; a
             `MarlinExpertStack` under a name with `{}` for the number of the expert; several names,
-            as `("experts.{}.gate_proj", "experts.{}.up_proj")`, share the columns equally. Any
-            other array is stored as it is under its full name (`model.norm.weight`).
+            as `("experts.{}.gate_proj", "experts.{}.up_proj")`, share the columns equally. A
+            `DenseExpertStack` is named so too, and stays unquantized. Any other array is stored as
+            it is under its full name (`model.norm.weight`).
         config: what else config.json says of the model; its quantization_config is replaced.
         checkpoint_format: `"gptq"`, version 1, which every reader knows; or `"gptq_v2"`, which
             GPTQModel wants for asymmetric weights that it has not written itself.
@@ -84,6 +87,11 @@ def save_checkpoint(
         writer = ShardWriter(partial, max_shard_bytes)
         items: Any = weights.items() if isinstance(weights, Mapping) else weights
         for name, weight in items:
+            if isinstance(weight, DenseExpertStack):
+                for module, tensors in _dense_modules(name, weight, where):
+                    writer.add({f"{module}.{key}": array for key, array in tensors.items()}, where)
+                    dense.append(module)
+                continue
             if not isinstance(weight, MarlinLinear | MarlinExpertStack):
                 array = _dense_tensor(name, weight, where)
                 writer.add({str(name): array}, where)
@@ -125,7 +133,7 @@ def _dense_tensor(name: Name, weight: Any, where: str) -> np.ndarray:
     if array.dtype == object:
         raise TypeError(
             f"{where}: {name} is {type(weight).__name__}, expected a MarlinLinear, a "
-            "MarlinExpertStack or an array"
+            "MarlinExpertStack, a DenseExpertStack or an array"
         )
     return array
 
@@ -133,9 +141,36 @@ def _dense_tensor(name: Name, weight: Any, where: str) -> np.ndarray:
 def _modules(
     name: Name, weight: MarlinLinear | MarlinExpertStack, where: str
 ) -> Iterator[tuple[str, CanonicalLinear]]:
-    """Each module of one weight: its name, and its part of the columns."""
-    names = (name,) if isinstance(name, str) else tuple(name)
+    """Each module of one packed weight: its name, and its part of the columns."""
     stacked = isinstance(weight, MarlinExpertStack) and not weight.is_single
+    parts = _parts(name, weight, stacked, where)
+    if isinstance(weight, MarlinLinear):
+        linears: Iterable[MarlinLinear] = [weight]
+    else:
+        linears = (weight[e] for e in range(len(weight))) if stacked else [weight.as_linear()]
+    for e, linear in enumerate(linears):
+        whole = unpack_linear(linear, where)
+        for one, columns in parts:
+            yield one.replace("{}", str(e)), _columns(whole, columns)
+
+
+def _dense_modules(
+    name: Name, stack: DenseExpertStack, where: str
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Each module of unquantized experts: its name, and `weight` [N, K] and `bias` of its part."""
+    parts = _parts(name, stack, not stack.is_single, where)
+    for e in range(len(stack)):
+        one_expert = stack if stack.is_single else jax.tree.map(lambda leaf, e=e: leaf[e], stack)
+        leaves = {"weight": one_expert.weight.T, "bias": one_expert.bias}
+        tensors = {key: host_array(a, key, where) for key, a in leaves.items() if a is not None}
+        for one, columns in parts:
+            module = {key: np.ascontiguousarray(array[columns]) for key, array in tensors.items()}
+            yield one.replace("{}", str(e)), module
+
+
+def _parts(name: Name, weight: Any, stacked: bool, where: str) -> list[tuple[str, slice]]:
+    """The names of a weight's modules, checked, and the columns of each."""
+    names = (name,) if isinstance(name, str) else tuple(name)
     for one in names:
         if stacked != ("{}" in one):
             expected = "`{}` for the number of the expert" if stacked else "no `{}`"
@@ -143,15 +178,8 @@ def _modules(
     n = weight.shape[-1]
     if n % len(names):
         raise ValueError(f"{where}: {names} cannot share {n} columns equally")
-    if isinstance(weight, MarlinLinear):
-        linears: Iterable[MarlinLinear] = [weight]
-    else:
-        linears = (weight[e] for e in range(len(weight))) if stacked else [weight.as_linear()]
-    for e, linear in enumerate(linears):
-        whole = unpack_linear(linear, where)
-        for i, one in enumerate(names):
-            part = _columns(whole, slice(i * n // len(names), (i + 1) * n // len(names)))
-            yield one.replace("{}", str(e)), part
+    width = n // len(names)
+    return [(one, slice(i * width, (i + 1) * width)) for i, one in enumerate(names)]
 
 
 def _columns(whole: CanonicalLinear, columns: slice) -> CanonicalLinear:

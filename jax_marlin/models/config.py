@@ -176,9 +176,10 @@ def _activation(config: Mapping[str, Any]) -> str:
 def _rope(config: Mapping[str, Any], default_theta: float) -> Rope:
     """The rope, from `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0 or kind not in _ROPES:
+    if partial != 1.0 or kind not in tuple(_ROPES):
         raise NotImplementedError(
             f"models.load: config.json asks for rope parameters {rope} and partial_rotary_factor "
             f"{partial}, expected one of rope_type {sorted(_ROPES)} over whole heads; no other is "

@@ -26,7 +26,7 @@ class Rope:
 
     @classmethod
     def parse(cls, rope: Mapping[str, Any], theta: float, context: int) -> Self:
-        """Reads config.json's `rope_parameters` or `rope_scaling`, whose keys are all known.
+        """Reads config.json's `rope_parameters` or `rope_scaling`, whose keys are known, none null.
 
         Args:
             rope: the dictionary.

@@ -47,8 +47,7 @@ class YarnRope(Rope):
     def parse(cls, rope: Mapping[str, Any], theta: float, context: int) -> Self:
         """As `Rope.parse`; only `factor` must be there."""
         defaults = {"original_max_position_embeddings": context, "beta_fast": 32, "beta_slow": 1}
-        rope = defaults | {key: value for key, value in rope.items() if value is not None}
-        required = (positive_number(rope, key, "yarn") for key in _REQUIRED)
+        required = (positive_number(defaults | rope, key, "yarn") for key in _REQUIRED)
         # 0 stands for an absent key.
         optional = (positive_number(rope, k, "yarn") if rope.get(k) else None for k in _OPTIONAL)
         return cls(theta, *required, bool(rope.get("truncate", True)), *optional)
