@@ -47,10 +47,12 @@ class YarnRope(Rope):
     def parse(cls, rope: Mapping[str, Any], theta: float, context: int) -> Self:
         """As `Rope.parse`; only `factor` must be there."""
         defaults = {"original_max_position_embeddings": context, "beta_fast": 32, "beta_slow": 1}
-        required = (positive_number(defaults | rope, key, "yarn") for key in _REQUIRED)
+        given = defaults | dict(rope)
+        required = (positive_number(given, key, "yarn") for key in _REQUIRED)
         # 0 stands for an absent key.
         optional = (positive_number(rope, k, "yarn") if rope.get(k) else None for k in _OPTIONAL)
-        return cls(theta, *required, bool(rope.get("truncate", True)), *optional)
+        values: list[Any] = [*required, bool(rope.get("truncate", True)), *optional]
+        return cls(theta, *values)
 
     def frequencies(self, dim: int) -> np.ndarray:
         """Radians a position, float64 `[dim / 2]`."""
