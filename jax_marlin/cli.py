@@ -7,7 +7,10 @@ from collections.abc import Sequence
 # command -> (module whose `main(argv)` runs it, help)
 _COMMANDS = {
     "inspect": ("jax_marlin.inspect", "what a checkpoint holds, from its headers alone"),
-    "generate": ("jax_marlin.generate", "load a checkpoint, check its logits, decode tokens"),
+    "generate": (
+        "jax_marlin.generate",
+        "answer a prompt; or check a checkpoint's logits and decode tokens",
+    ),
     "bench": ("jax_marlin.bench.__main__", "time the operations on this machine's GPU"),
 }
 

@@ -1,4 +1,4 @@
-"""The command `jax-marlin generate`: load a checkpoint, check its logits, decode and time it."""
+"""The command `jax-marlin generate`: load a checkpoint, check its logits, answer or decode."""
 
 import argparse
 import itertools
@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin.answer import answer, print_memory, print_row
 from jax_marlin.data import bundled_checkpoint
+from jax_marlin.demo.build import ABOUT, CACHE_VARIABLE, cache_directory, demo_checkpoint
 from jax_marlin.inspect import describe
 from jax_marlin.models import CausalLM, load
 from jax_marlin.models.generation import stream, with_progress
@@ -21,6 +23,7 @@ from jax_marlin.models.generation import stream, with_progress
 # Largest difference allowed between logits (of std about 1.35) and a float32 reference.
 LOGITS_LIMITS = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.3}
 _REFERENCE = "expected.npz"
+_STEPS = (1, 16)  # decoded at a time: one that compiles, then the moves of the progress bar
 _PROMPT = (1, 2, 3, 4, 5, 6, 7, 8)  # where neither an argument nor a reference gives one
 
 
@@ -36,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except (ValueError, TypeError, NotImplementedError, IndexError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError, IndexError, OSError, ImportError) as error:
         print(f"jax-marlin generate: error: {error}", file=sys.stderr)
         return 1
 
@@ -45,11 +48,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jax-marlin generate",
         description="Loads a checkpoint, compares its logits with the reference beside it "
-        f"({_REFERENCE}, if there is one), decodes tokens greedily and prints tokens per second.",
+        f"({_REFERENCE}, if there is one), continues a prompt and prints tokens per second.",
     )
     parser.add_argument(
+        "prompt", nargs="?",
+        help="text to answer; without --checkpoint by the demo's model, a small one that is built "
+        "once (extra: demo). Without a prompt, token ids are decoded",
+    )  # fmt: skip
+    parser.add_argument(
         "--checkpoint", type=pathlib.Path, metavar="DIR",
-        help="a model directory (default: the small Qwen3-MoE that comes with the package)",
+        help="a model directory (default without a prompt: the small Qwen3-MoE that comes with the "
+        "package, which knows no words)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache-dir", type=pathlib.Path, metavar="DIR",
+        help=f"where the demo's model is kept (default: ${CACHE_VARIABLE}, or the user's cache)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=LOGITS_LIMITS, help="default: float32 on a CPU, config.json's on a GPU"
@@ -59,7 +72,17 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt-ids", type=_token_ids, metavar="ID,ID,...",
         help="token ids to continue (default: the reference's first sequence)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="copies of the prompt (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, help="copies of the ids (default: 1)")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text itself, not as a chat"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T",
+        help="above 0: sample; default: 0, the likeliest token",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="... that reach probability P")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     return parser
 
 
@@ -73,19 +96,34 @@ def _token_ids(text: str) -> list[int]:
 def _run(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}, expected at least 1")
+    if args.prompt is not None and (args.prompt_ids or args.batch > 1):
+        raise ValueError("a prompt in words goes without --prompt-ids and --batch")
     path = args.checkpoint or bundled_checkpoint()
+    if args.prompt is not None and args.checkpoint is None:
+        path = demo_checkpoint(args.cache_dir or cache_directory())
+        print(ABOUT, end="\n\n", flush=True)
     print(describe(path), end="\n\n", flush=True)
     on_cpu = jax.default_backend() == "cpu"
     started = time.perf_counter()
     model = load(path, args.dtype or ("float32" if on_cpu else None))
     jax.block_until_ready(model)
     seconds = time.perf_counter() - started
-    _print("loaded", f"in {seconds:.1f} s as {model.dtype} on {jax.devices()[0].device_kind}")
+    print_row("loaded", f"in {seconds:.1f} s as {model.dtype} on {jax.devices()[0].device_kind}")
 
     expected = _reference(path / _REFERENCE)
     status = 0 if expected is None else _check_logits(model, expected)
-    prompt = args.prompt_ids or (_PROMPT if expected is None else expected["input_ids"][0])
-    _decode(model, np.tile(np.asarray(prompt), (args.batch, 1)), args.max_new_tokens)
+    how = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "key": jax.random.key(args.seed),
+    }
+    if args.prompt is not None:
+        answer(model, path, args.prompt, args.max_new_tokens, raw=args.raw, **how)
+    else:
+        ids = args.prompt_ids or (_PROMPT if expected is None else expected["input_ids"][0])
+        _decode(model, np.tile(np.asarray(ids), (args.batch, 1)), args.max_new_tokens, how)
+    print_memory(model)
     return status
 
 
@@ -106,7 +144,7 @@ def _check_logits(model: CausalLM, expected: dict[str, np.ndarray]) -> int:
     difference = float(np.abs(np.asarray(logits) - expected["logits"]).max())
     limit = LOGITS_LIMITS[model.dtype.name]
     within = difference <= limit  # false for NaN, too
-    _print("logits", f"largest difference to {_REFERENCE} {difference:.2e}, limit {limit:g}")
+    print_row("logits", f"largest difference to {_REFERENCE} {difference:.2e}, limit {limit:g}")
     if not within:
         print(
             f"jax-marlin generate: error: logits differ from {_REFERENCE} by {difference:.2e}, "
@@ -116,25 +154,23 @@ def _check_logits(model: CausalLM, expected: dict[str, np.ndarray]) -> int:
     return 0 if within else 1
 
 
-def _decode(model: CausalLM, prompt: np.ndarray, max_new_tokens: int) -> None:
+def _decode(model: CausalLM, prompt: np.ndarray, max_new_tokens: int, how: dict) -> None:
     """Decodes and times; the first two tokens (prefill, first step) are those that compile."""
     started = time.perf_counter()
-    steps = stream(model, prompt, max_new_tokens)
-    tokens = jax.block_until_ready(list(itertools.islice(steps, 2)))
+    runs = stream(model, prompt, max_new_tokens, steps=_STEPS, **how)
+    tokens = jax.block_until_ready(list(itertools.islice(runs, 2)))
     seconds = time.perf_counter() - started
-    _print("compiled", f"in {seconds:.1f} s, with the prefill of {prompt.shape} and a first step")
+    print_row(
+        "compiled", f"in {seconds:.1f} s, with the prefill of {prompt.shape} and a first step"
+    )
 
     started = time.perf_counter()
     timed = max_new_tokens - len(tokens)
     if timed:
-        tokens += with_progress(steps, max_new_tokens, done=len(tokens))
+        tokens += with_progress(runs, max_new_tokens, done=len(tokens))
     seconds = time.perf_counter() - started
-    rows = np.stack(tokens, axis=1)  # [batch, max_new_tokens]
-    _print("tokens", " ".join(map(str, rows[0])))
+    rows = np.concatenate(tokens, axis=1)  # [batch, max_new_tokens]
+    print_row("tokens", " ".join(map(str, rows[0])))
     if timed:
         rate = f"{timed * len(rows) / seconds:,.1f} tokens/s"
-        _print("speed", f"{rate} (batch {len(rows)}, {timed} steps, compile time excluded)")
-
-
-def _print(label: str, value: object) -> None:
-    print(f"{label:<12}{value}", flush=True)
+        print_row("speed", f"{rate} (batch {len(rows)}, {timed} steps, compile time excluded)")

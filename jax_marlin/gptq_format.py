@@ -1,4 +1,4 @@
-"""The GPTQ tensor format (AutoGPTQ, GPTQModel, AutoRound): stored words to plain codes and zeros.
+"""The GPTQ tensor format (AutoGPTQ, GPTQModel, AutoRound): stored words to plain codes, and back.
 
 A linear layer W [K, N] is stored so, P = 32 / bits codes in a word, G = ceil(K / group_size):
 
@@ -90,6 +90,43 @@ def gptq_to_canonical(
     return canonical
 
 
+def canonical_to_gptq(
+    canonical: CanonicalLinear, *, bits: int, group_size: int, checkpoint_format: str
+) -> dict[str, np.ndarray]:
+    """The inverse of `gptq_to_canonical`.
+
+    Args:
+        canonical: one weight [K, N].
+        bits, group_size: its own, `group_size` at most K.
+        checkpoint_format: `"gptq"` (zeros stored minus one) or `"gptq_v2"`.
+
+    Returns:
+        `qweight`, `qzeros`, `scales`, `g_idx`, and `bias` if there is one, as the head of this file
+        describes them. The last words of a K or N that is no multiple of 32 / bits are filled with
+        code 0 and with the symmetric zero point.
+    """
+    codes, (k, n) = canonical.codes, canonical.codes.shape
+    g_idx = (np.arange(k) // group_size).astype(np.int32)
+    if canonical.perm is not None:  # sorted row i is row perm[i] of the file
+        order = np.argsort(canonical.perm)
+        codes, g_idx = codes[order], g_idx[order]
+    zeros = canonical.zero_points
+    if zeros is None:
+        zeros = np.full(canonical.scales.shape, 2 ** (bits - 1), np.uint8)
+    fill = -n % (32 // bits)
+    zeros = np.pad(zeros, ((0, 0), (0, fill)), constant_values=2 ** (bits - 1))
+    words = np.ascontiguousarray(_pack_rows(np.ascontiguousarray(zeros.T), bits).T)
+    if checkpoint_format == "gptq":
+        words -= _one_in_every_field(bits)  # modulo 2**32, as the format's first writer did
+    tensors = {
+        "qweight": _pack_rows(codes, bits).view(np.int32),
+        "qzeros": words.view(np.int32),
+        "scales": np.ascontiguousarray(canonical.scales),
+        "g_idx": g_idx,
+    }
+    return tensors if canonical.bias is None else tensors | {"bias": canonical.bias}
+
+
 def _zero_points(
     qzeros: Any, spec: QuantSpec, symmetric: bool | None, checkpoint_format: str, where: str
 ) -> np.ndarray | None:
@@ -123,12 +160,27 @@ def _zero_points(
             )
         return None
     if checkpoint_format == "gptq":
-        one_in_every_field = sum(1 << shift for shift in range(0, 32, spec.bits))
-        words = words + np.uint32(one_in_every_field)  # modulo 2**32, undoes the writer's borrows
+        words = words + _one_in_every_field(spec.bits)  # modulo 2**32, undoes the writer's borrows
     zero_points = _unpack_columns(words, spec.bits)[:, : spec.n]
     if symmetric is None and bool((zero_points == middle).all()):
         return None
     return np.ascontiguousarray(zero_points)
+
+
+def _one_in_every_field(bits: int) -> np.uint32:
+    """0x11111111 at 4 bit."""
+    return np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+
+
+def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [K, N] to uint32 [ceil(K / P), N]."""
+    factor = 32 // bits
+    rows = -(-codes.shape[0] // factor)
+    words = np.zeros((rows, codes.shape[1]), np.uint32)
+    for place in range(factor):
+        part = codes[place::factor].astype(np.uint32)  # the last row of words may lack some
+        words[: part.shape[0]] |= part << np.uint32(bits * place)
+    return words
 
 
 def _unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:

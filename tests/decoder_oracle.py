@@ -17,9 +17,13 @@ def silu(x):
 def frequencies(dim, theta, rope):
     """(radians a position for each pair, factor on cosines and sines) of a rope dictionary."""
     plain = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
-    if rope.get("rope_type", rope.get("type", "default")) == "default":
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
         return plain, 1.0
     factor, context = rope["factor"], rope["original_max_position_embeddings"]
+    if kind == "llama3":
+        limits = rope["low_freq_factor"], rope["high_freq_factor"]
+        return np.array([llama3_frequency(f, factor, context, *limits) for f in plain]), 1.0
 
     def pair_with(turns):  # whose wavelength fits `turns` times into the original context
         return dim * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -41,6 +45,16 @@ def frequencies(dim, theta, rope):
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return np.array(out), temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
     return np.array(out), temperature(1)
+
+
+def llama3_frequency(frequency, factor, context, low, high):
+    wavelength = 2 * math.pi / frequency
+    if wavelength > context / low:
+        return frequency / factor
+    if wavelength > context / high:
+        mix = (context / wavelength - low) / (high - low)
+        return (1 - mix) * frequency / factor + mix * frequency
+    return frequency
 
 
 def turned(head, position, radians, factor, *, neighbours=False):

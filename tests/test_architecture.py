@@ -18,11 +18,11 @@ PYTHON_STAGES = [
     {"layout"},
     {"canonical"},
     {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
-    {"gptq_format", "gptq", "quantize", "act_order", "reference"},
+    {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},
     {"models"},
-    {"inspect", "generate", "bench"},
+    {"inspect", "demo", "answer", "generate", "bench"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -3,6 +3,7 @@
 import math
 
 import decoder_oracle as oracle
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -208,11 +209,12 @@ def test_routing_of_every_token_is_the_same(model):
 
 
 def test_cache_holds_keys_and_values_of_different_widths(model):
+    extend = jax.jit(lambda model, ids, cache: model.extend(ids, cache))
     full, cache = np.asarray(model(IDS)), model.empty_cache(2, capacity=9)
     assert cache.keys[0].shape == (2, 9, HEADS, NOPE + ROPE)
     assert cache.values[0].shape == (2, 9, HEADS, VALUE)
     for start, stop in [(0, 4), (4, 6), (6, 7)]:
-        logits, cache = model.extend(jnp.asarray(IDS[:, start:stop]), cache)
+        logits, cache = extend(model, jnp.asarray(IDS[:, start:stop]), cache)
         np.testing.assert_allclose(logits, full[:, stop - 1], atol=2e-5 * np.abs(full).max())
 
 
@@ -220,6 +222,13 @@ def test_generate_is_greedy_without_a_cache(model):
     tokens = np.asarray(models.generate(model, IDS, 4))
     logits = np.asarray(model(np.concatenate([IDS, tokens], axis=1)))[:, IDS.shape[1] - 1 : -1]
     np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+
+
+def test_prompts_of_different_lengths_as_if_alone(model):
+    prompts = [IDS[0], IDS[1, :2], IDS[1, 3:]]
+    tokens = np.asarray(models.generate(model, prompts, 6))
+    for prompt, row in zip(prompts, tokens, strict=True):
+        np.testing.assert_array_equal(row, models.generate(model, prompt[None], 6)[0])
 
 
 def test_kimi_k2_is_the_same_architecture(tmp_path, model):

@@ -11,6 +11,7 @@ from synthetic_models import CONFIG, HIDDEN, IDS, LAYERS, Modules
 
 from jax_marlin import models
 from jax_marlin.models.loading import read_config
+from jax_marlin.models.rope import Rope
 
 INNER, EXPERTS = 96, 3
 CLASSIC = ("w1", "w3", "w2")
@@ -84,7 +85,7 @@ def test_old_and_new_config_keys_mean_the_same():
 
 def test_defaults_of_the_first_mixtral_files():
     _, got = read_config(config(rope_parameters=..., head_dim=..., hidden_size=96))
-    assert (got.rope_theta, got.rms_norm_eps, got.head_dim) == (1e6, 1e-5, 16)
+    assert (got.rope, got.rms_norm_eps, got.head_dim) == (Rope(1e6), 1e-5, 16)
     assert got.norm_topk_prob and not got.qkv_bias and not got.tie_word_embeddings
 
 
@@ -98,7 +99,7 @@ def test_sliding_window_as_long_as_the_context_is_none():
         ({"sliding_window": 63}, NotImplementedError, "sliding_window 63, expected null"),
         ({"sliding_window": "all"}, NotImplementedError, "sliding_window 'all'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, NotImplementedError, "'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, NotImplementedError, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, NotImplementedError, "longrope"),
         ({"hidden_act": "relu"}, NotImplementedError, "hidden_act 'relu'"),
         ({"architectures": ["MixtralForTokens"]}, NotImplementedError, "MixtralForTokens"),
         ({"num_experts": 4}, ValueError, "num_local_experts"),

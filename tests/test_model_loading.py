@@ -17,6 +17,7 @@ from jax_marlin.models import layers
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.decoder_layer import DenseMlp, SparseMlp
 from jax_marlin.models.loading import read_config
+from jax_marlin.models.rope import Rope
 
 CONFIG = json.loads((bundled_checkpoint() / "config.json").read_text())
 
@@ -30,8 +31,8 @@ def config(**changes) -> DecoderConfig:
 def test_old_and_new_config_keys_mean_the_same():
     old = {"num_experts": 8, "num_local_experts": None, "rope_parameters": None}
     assert config(**old, rope_theta=10000.0, rope_scaling=None) == config()
-    assert config(**old, rope_theta=1e6).rope_theta == 1e6
-    assert config(rope_scaling={"rope_type": "default"}).rope_theta == 10000.0
+    assert config(**old, rope_theta=1e6).rope == Rope(1e6)
+    assert config(rope_scaling={"rope_type": "default"}).rope == Rope(10000.0)
     assert config(num_experts=8) == config()
 
 
@@ -53,7 +54,9 @@ def test_which_layers_are_sparse():
         ({"use_sliding_window": True, "sliding_window": 16}, NotImplementedError, "sliding window"),
         ({"layer_types": ["sliding_attention"]}, NotImplementedError, "sliding_attention"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, NotImplementedError, "'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, NotImplementedError, "yarn"),
+        ({"rope_scaling": {"factor": 2}}, NotImplementedError, "'factor': 2.*only the keys"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ValueError, "factor None .*'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ValueError, "factor None .*'llama3'"),
         ({"partial_rotary_factor": 0.5}, NotImplementedError, "partial_rotary_factor 0.5"),
         ({"hidden_act": "relu2"}, NotImplementedError, "hidden_act 'relu2'"),
         ({"rope_theta": 5.0}, ValueError, "rope_theta 5.0"),

@@ -13,6 +13,7 @@ from jax_marlin.data import bundled_checkpoint
 from jax_marlin.models import layers
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.loading import read_config
+from jax_marlin.models.rope import Rope
 
 CONFIG = json.loads((bundled_checkpoint() / "config.json").read_text())
 
@@ -43,7 +44,7 @@ def test_rms_norm_of_float16_squares_in_float32():
 def test_rotary_embedding_at_near_and_far_positions(theta):
     positions = np.array([0, 1, 7, 4095])
     x = np.random.default_rng(2).normal(size=(2, 4, 3, 16))
-    got = layers.rotate(jnp.asarray(x, jnp.float32), jnp.asarray(positions, jnp.int32), theta)
+    got = Rope(theta)(jnp.asarray(x, jnp.float32), jnp.asarray(positions, jnp.int32))
     expected = np.zeros_like(x)
     for b, t, h in np.ndindex(2, 4, 3):
         expected[b, t, h] = rotate_one(x[b, t, h], float(positions[t]), theta)

@@ -106,7 +106,7 @@ def test_which_layers_are_sparse():
     [
         ({"use_sliding_window": True}, NotImplementedError, "a sliding window"),
         ({"layer_types": ["sliding_attention"]}, NotImplementedError, "sliding_attention"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, NotImplementedError, "yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, NotImplementedError, "dynamic"),
         ({"hidden_act": "relu"}, NotImplementedError, "hidden_act 'relu'"),
         ({"shared_expert_intermediate_size": ...}, ValueError, "shared_expert_intermediate_size"),
     ],

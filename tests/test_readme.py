@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -39,8 +40,8 @@ def test_examples_run():
 def test_first_screen():
     assert len([line for line in PYTHON_BLOCKS[0].splitlines() if line]) <= 15
     assert COMMANDS[:4] == [
-        "pip install .",
-        "jax-marlin generate",
+        "pip install '.[demo]'",
+        'python -m jax_marlin generate "The capital of France is"',
         "pip install '.[test]'",
         "pytest",
     ]
@@ -50,14 +51,22 @@ def test_first_screen():
 
 def test_ci_runs_the_commands_of_the_first_screen():
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "pip install . && jax-marlin generate" in ci
-    assert "pip install '.[test]' && pytest" in ci
+    first = BLOCKS[0][1].splitlines()
+    assert len(first) == 2 and all(line in ci for line in first)
+    assert "grep '^answer .*Paris'" in ci
 
 
-@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("jax-marlin")}))
+OWN_COMMANDS = {
+    command.removeprefix("python -m ").replace("jax_marlin", "jax-marlin", 1)
+    for command in COMMANDS
+    if command.startswith(("jax-marlin", "python -m jax_marlin"))
+}
+
+
+@pytest.mark.parametrize("command", sorted(OWN_COMMANDS))
 def test_subcommand_exists(command):
     assert PROJECT["scripts"]["jax-marlin"].startswith("jax_marlin.")
-    _, subcommand, *options = command.split()
+    _, subcommand, *options = shlex.split(command)
     package = str(Path(jm.__file__).parent.parent)
     shown = subprocess.run(
         [sys.executable, "-m", "jax_marlin", subcommand, "--help"],
@@ -73,7 +82,7 @@ def test_subcommand_exists(command):
 
 def test_extras_exist():
     extras = set(re.findall(r"'\.\[(\w+)\]'", README))
-    assert {"test", "cuda12", "cuda13"} <= extras <= set(PROJECT["optional-dependencies"])
+    assert {"demo", "test", "cuda12", "cuda13"} <= extras <= set(PROJECT["optional-dependencies"])
 
 
 def test_public_names_exist():

@@ -72,19 +72,33 @@ class CausalLM:
         keys, values = zeros(c.head_dim), zeros(c.value_head_dim)
         return KVCache(keys, values, length=jnp.zeros((), jnp.int32))
 
-    def extend(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self, input_ids: jax.Array, cache: KVCache, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
         """Reads further tokens into the cache.
 
         Args:
             input_ids: integers `[batch, seq]`, at positions `cache.length` and up. The caller
                 sees to it that they fit: an overflow on the device goes unnoticed here.
             cache: what earlier calls returned; donate it.
+            lengths: int32 `[batch]`, how many ids of each row count, from the left, at least 1;
+                from then on each row of the cache has its own length. None: all of them.
 
         Returns:
-            float32 `[batch, vocab]`, the logits of the last position, and the new cache.
+            float32 `[batch, vocab]`, the logits of the last position that counts, and the new
+            cache.
         """
-        hidden, cache = self._hidden(input_ids, cache)
-        return self._logits(hidden[:, -1]), cache
+        if lengths is None and cache.length.ndim == 0:
+            hidden, cache = self._hidden(input_ids, cache)
+            return self._logits(hidden[:, -1]), cache
+        batch, seq = input_ids.shape
+        start = jnp.broadcast_to(cache.length, (batch,))
+        counted = jnp.full((batch,), seq, jnp.int32) if lengths is None else lengths
+        hidden, cache = self._hidden_of_rows(input_ids, dataclasses.replace(cache, length=start))
+        # What was read past a row's length is never seen: the next tokens are written over it.
+        cache = dataclasses.replace(cache, length=start + counted)
+        last = jnp.take_along_axis(hidden, (counted - 1)[:, None, None], axis=1)[:, 0]
+        return self._logits(last), cache
 
     def _hidden(self, input_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
         eps, kept = self.config.rms_norm_eps, []
@@ -101,6 +115,19 @@ class CausalLM:
         keys, values = zip(*kept, strict=True)
         cache = KVCache(keys, values, length=start + input_ids.shape[1])
         return rms_norm(x, self.norm, eps), cache
+
+    def _hidden_of_rows(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """`_hidden` for a cache whose `length` is `[batch]`: each row is a batch of one."""
+
+        def one(ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            length = cache.length
+            row = dataclasses.replace(jax.tree.map(lambda a: a[None], cache), length=length)
+            hidden, row = self._hidden(ids[None], row)
+            length = row.length
+            kept = jax.tree.map(lambda a: a[0], dataclasses.replace(row, length=length[None]))
+            return hidden[0], kept
+
+        return jax.vmap(one)(input_ids, cache)
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         head = DenseLinear(self.embed_tokens.T) if self.lm_head is None else self.lm_head

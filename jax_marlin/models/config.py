@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax_marlin.models.llama3_rope import Llama3Rope
+from jax_marlin.models.rope import Rope
+from jax_marlin.models.yarn_rope import YarnRope
+
 # transformers' name of an activation -> the name `moe_ffn` knows it by
 _ACTIVATIONS = {
     "silu": "silu",
@@ -11,8 +15,9 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Keys of a rope dictionary that say nothing beyond theta as long as the type is "default".
-_PLAIN_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+# by the type that config.json names
+_ROPES: dict[str, type[Rope]] = {"default": Rope, "llama3": Llama3Rope, "yarn": YarnRope}
+_COMMON_ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +42,13 @@ class DecoderConfig:
     norm_topk_prob: bool
     hidden_act: str
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     qkv_bias: bool
     o_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
     sparse_layers: tuple[bool, ...]
+    mlp_bias: bool = dataclasses.field(default=False, kw_only=True)  # of dense MLPs
 
     @property
     def value_head_dim(self) -> int:
@@ -51,11 +57,7 @@ class DecoderConfig:
 
 
 def decoder_fields(
-    config: Mapping[str, Any],
-    *,
-    rms_norm_eps: float = 1e-6,
-    rope_theta: float = 10000.0,
-    yarn: bool = False,
+    config: Mapping[str, Any], *, rms_norm_eps: float = 1e-6, rope_theta: float = 10000.0
 ) -> dict[str, Any]:
     """The fields of `DecoderConfig` that all families call by the same names.
 
@@ -63,10 +65,9 @@ def decoder_fields(
         config: the dictionary of a checkpoint's config.json.
         rms_norm_eps: the family's default, where the key is absent.
         rope_theta: the family's default, where neither generation's key is there.
-        yarn: the family also knows rope_type "yarn", whose parameters `read_yarn` checks.
 
     Raises:
-        NotImplementedError: a scaled or partial rope, or an unknown activation.
+        NotImplementedError: an unknown or partial rope, or an unknown activation.
         ValueError: a key is missing, or two keys contradict each other.
     """
     heads, kv_heads = size(config, "num_attention_heads"), size(config, "num_key_value_heads")
@@ -84,7 +85,7 @@ def decoder_fields(
         "head_dim": config.get("head_dim") or size(config, "hidden_size") // heads,
         "hidden_act": _activation(config),
         "rms_norm_eps": float(config.get("rms_norm_eps", rms_norm_eps)),
-        "rope_theta": _rope_theta(config, rope_theta, yarn),
+        "rope": _rope(config, rope_theta),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": size(config, "max_position_embeddings"),
     }
@@ -99,6 +100,18 @@ def expert_counts(config: Mapping[str, Any]) -> dict[str, Any]:
             f"number of experts, {experts}"
         )
     return {"num_experts": experts, "num_experts_per_tok": top_k}
+
+
+def dense_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields about MLPs of a model that has no experts."""
+    return {
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": size(config, "intermediate_size"),
+        "moe_intermediate_size": 0,
+        "norm_topk_prob": False,
+        "sparse_layers": (False,) * size(config, "num_hidden_layers"),
+    }
 
 
 def qwen_moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,17 +173,23 @@ def _activation(config: Mapping[str, Any]) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope_theta(config: Mapping[str, Any], default: float, yarn: bool) -> float:
-    """Base of the rotary frequencies, from `rope_parameters`, or the older `rope_theta`."""
+def _rope(config: Mapping[str, Any], default_theta: float) -> Rope:
+    """The rope, from `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    plain = kind == "default" and not set(rope) - _PLAIN_ROPE_KEYS
-    if partial != 1.0 or not (plain or (yarn and kind == "yarn")):
+    if partial != 1.0 or kind not in tuple(_ROPES):
         raise NotImplementedError(
             f"models.load: config.json asks for rope parameters {rope} and partial_rotary_factor "
-            f"{partial}, expected rope_type 'default'{' or yarn' * yarn} over whole heads; no "
-            "other is implemented"
+            f"{partial}, expected one of rope_type {sorted(_ROPES)} over whole heads; no other is "
+            "implemented"
+        )
+    known = _COMMON_ROPE_KEYS | set(_ROPES[kind].keys)
+    if set(rope) - known:
+        raise NotImplementedError(
+            f"models.load: config.json has rope parameters {rope}, expected for rope_type {kind!r} "
+            f"only the keys {sorted(known)}"
         )
     old, new = config.get("rope_theta"), rope.get("rope_theta")
     if old is not None and new is not None and old != new:
@@ -178,4 +197,5 @@ def _rope_theta(config: Mapping[str, Any], default: float, yarn: bool) -> float:
             f"models.load: config.json has rope_theta {old} and rope_parameters.rope_theta {new}, "
             "expected the same number"
         )
-    return float(next((theta for theta in (new, old) if theta is not None), default))
+    theta = float(next((theta for theta in (new, old) if theta is not None), default_theta))
+    return _ROPES[kind].parse(rope, theta, size(config, "max_position_embeddings"))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.models.config import DecoderConfig
-from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, rotate, updated
+from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
 from jax_marlin.ops.activations import ACTIVATIONS
 from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.ops.moe_matmul import ExpertStack
@@ -44,13 +44,9 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, c.rms_norm_eps)
             k = rms_norm(k, self.k_norm, c.rms_norm_eps)
-        q, k = self.rotated(q, positions), self.rotated(k, positions)
+        q, k = c.rope(q, positions), c.rope(k, positions)
         k, v = updated(past, (k, v), start)
         return self.o_proj(self.attended(q, k, v, positions)), (k, v)
-
-    def rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys `[batch, seq, heads, D]` turned to their positions."""
-        return rotate(x, positions, self.config.rope_theta)
 
     def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         """Values weighted, `[batch, seq, heads * D]`."""

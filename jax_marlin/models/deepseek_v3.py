@@ -12,7 +12,6 @@ from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
 from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
 from jax_marlin.models.module_reader import ModuleReader
-from jax_marlin.models.yarn import Yarn, read_yarn, rotate_scaled
 from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.routing import route
 
@@ -28,7 +27,6 @@ class DeepseekV3Config(DecoderConfig):
     qk_rope_head_dim: int
     v_head_dim: int
     rope_interleave: bool
-    yarn: Yarn | None
     n_group: int
     topk_group: int
     routed_scaling_factor: float
@@ -75,7 +73,7 @@ class LatentAttention:
         k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (batch, seq, heads, rope))], axis=-1)
         q = jnp.concatenate([q[..., :nope], self._rotated(q[..., nope:], positions)], axis=-1)
         k, v = updated(past, (k, v), start)
-        scale = c.head_dim**-0.5 * (c.yarn.softmax_factor if c.yarn else 1.0)
+        scale = c.head_dim**-0.5 * c.rope.softmax_factor
         return self.o_proj(attend(q, k, v, positions, scale=scale)), (k, v)
 
     def _queries(self, x: jax.Array) -> jax.Array:
@@ -89,7 +87,7 @@ class LatentAttention:
         c, dim = self.config, x.shape[-1]
         if c.rope_interleave:  # neighbours are a pair
             x = jnp.swapaxes(x.reshape(*x.shape[:-1], dim // 2, 2), -1, -2).reshape(x.shape)
-        return rotate_scaled(x, positions, c.rope_theta, c.yarn)
+        return c.rope(x, positions)
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +130,7 @@ def _read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
         config.get("num_nextn_predict_layers") or 0,
         size(config, "moe_intermediate_size"),
     )
-    fields = decoder_fields(config, yarn=True)
+    fields = decoder_fields(config)
     fields |= {"head_dim": nope + rope, "num_key_value_heads": fields["num_attention_heads"]}
     return DeepseekV3Config(
         **fields,
@@ -148,7 +146,6 @@ def _read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
         qk_rope_head_dim=rope,
         v_head_dim=size(config, "v_head_dim"),
         rope_interleave=bool(config.get("rope_interleave", True)),
-        yarn=read_yarn(config),
         n_group=1 if config.get("n_group") is None else size(config, "n_group"),
         topk_group=1 if config.get("topk_group") is None else size(config, "topk_group"),
         routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),

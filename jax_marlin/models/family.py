@@ -76,9 +76,9 @@ def read_plain_attention(
 def read_dense_mlp(reader: ModuleReader, c: DecoderConfig, prefix: str, width: int) -> DenseMlp:
     """The linears `gate_proj`, `up_proj` [H, width] and `down_proj` under `prefix`."""
     return DenseMlp(
-        gate_proj=reader.linear(f"{prefix}.gate_proj", (c.hidden_size, width)),
-        up_proj=reader.linear(f"{prefix}.up_proj", (c.hidden_size, width)),
-        down_proj=reader.linear(f"{prefix}.down_proj", (width, c.hidden_size)),
+        gate_proj=reader.linear(f"{prefix}.gate_proj", (c.hidden_size, width), c.mlp_bias),
+        up_proj=reader.linear(f"{prefix}.up_proj", (c.hidden_size, width), c.mlp_bias),
+        down_proj=reader.linear(f"{prefix}.down_proj", (width, c.hidden_size), c.mlp_bias),
         config=c,
     )
 

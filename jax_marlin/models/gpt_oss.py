@@ -12,16 +12,14 @@ from jax_marlin.models.decoder_layer import Attention, DecoderLayer, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_plain_attention
 from jax_marlin.models.layers import attend
 from jax_marlin.models.module_reader import ModuleReader
-from jax_marlin.models.yarn import Yarn, read_yarn, rotate_scaled
 
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class GptOssConfig(DecoderConfig):
-    """`DecoderConfig`, the scaled rope, and for each layer how far back it sees (None: all)."""
+    """`DecoderConfig`, and for each layer how far back it sees (None: all)."""
 
-    yarn: Yarn | None
     windows: tuple[int | None, ...]
 
 
@@ -34,17 +32,13 @@ class SinkAttention(Attention):
     config: GptOssConfig = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
 
-    def rotated(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys turned to their positions."""
-        return rotate_scaled(x, positions, self.config.rope_theta, self.config.yarn)
-
     def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
         """Values weighted, `[batch, seq, heads * head_dim]`."""
         return attend(q, k, v, positions, window=self.window, sinks=self.sinks)
 
 
 def _read_config(config: Mapping[str, Any]) -> GptOssConfig:
-    fields = decoder_fields(config, rms_norm_eps=1e-5, rope_theta=150000.0, yarn=True)
+    fields = decoder_fields(config, rms_norm_eps=1e-5, rope_theta=150000.0)
     for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if config.get(key, only) != only:
             raise NotImplementedError(
@@ -72,7 +66,6 @@ def _read_config(config: Mapping[str, Any]) -> GptOssConfig:
         qkv_bias=bias,
         o_bias=bias,
         sparse_layers=(True,) * layers,
-        yarn=read_yarn(config),
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
     )
 

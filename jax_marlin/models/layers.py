@@ -51,7 +51,8 @@ class KVCache:
     Attributes:
         keys: for each layer `[batch, capacity, num_key_value_heads, head_dim]`, rotated.
         values: the same shapes; in DeepSeek's models another head_dim.
-        length: int32 scalar, positions filled; those past it hold zeros.
+        length: int32, positions filled: a scalar, or `[batch]` where rows differ. What lies past
+            them is never read.
     """
 
     keys: tuple[jax.Array, ...]
@@ -89,26 +90,21 @@ def updated(
     return keys, values
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotate(
+    x: jax.Array, positions: jax.Array, frequencies: jax.Array, factor: float = 1.0
+) -> jax.Array:
     """Rotary position embedding over whole heads, halves paired (not neighbours).
 
     Args:
-        x: `[batch, seq, heads, head_dim]`.
+        x: `[batch, seq, heads, D]`.
         positions: int32 `[seq]`.
-        theta: base of the frequencies.
+        frequencies: radians a position, float32 `[D / 2]`.
+        factor: what cosines and sines are multiplied by.
 
     Returns:
-        x's shape and dtype; features (i, i + head_dim / 2) are turned by `position *
-        theta^(-2i / head_dim)` radians, computed in float32.
+        x's shape and dtype; features (i, i + D / 2) are turned by `position * frequencies[i]`
+        radians, computed in float32.
     """
-    half = x.shape[-1] // 2
-    return turn(x, positions, theta ** (-jnp.arange(half, dtype=jnp.float32) / half))
-
-
-def turn(
-    x: jax.Array, positions: jax.Array, frequencies: jax.Array, factor: float = 1.0
-) -> jax.Array:
-    """`rotate` by `position * frequencies[i]` radians, cosines and sines times `factor`."""
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]  # [seq, D / 2]
     cos, sin = (factor * f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

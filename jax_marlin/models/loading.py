@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from jax_marlin.checkpoints import open_checkpoint
-from jax_marlin.models import deepseek_v3, gpt_oss, mixtral, qwen2_moe, qwen3_moe
+from jax_marlin.models import (
+    deepseek_v3,
+    gpt_oss,
+    llama,
+    mixtral,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.family import Family
@@ -17,8 +25,10 @@ from jax_marlin.models.module_reader import ModuleReader
 _FAMILIES = {
     family.model_type: family
     for family in (
+        llama.FAMILY,
         mixtral.FAMILY,
         qwen2_moe.FAMILY,
+        qwen3.FAMILY,
         qwen3_moe.FAMILY,
         deepseek_v3.FAMILY,
         deepseek_v3.KIMI_K2,
@@ -38,8 +48,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
     gpt-oss plus the stored experts of one layer.
 
     Args:
-        path: a directory with config.json and safetensors of a Mixtral, Qwen2-MoE, Qwen3-MoE,
-            DeepSeek-V3 (R1, Kimi-K2) or gpt-oss model.
+        path: a directory with config.json and safetensors of a Llama, Mixtral, Qwen2-MoE, Qwen3,
+            Qwen3-MoE, DeepSeek-V3 (R1, Kimi-K2) or gpt-oss model.
         dtype: compute dtype: float16 or bfloat16 (CUDA kernels), or float32 (plain JAX anywhere).
             None: the dtype that config.json names.
 
@@ -48,8 +58,8 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
 
     Raises:
         NotImplementedError: an architecture, or a setting of config.json that changes the result,
-            that is not implemented: a sliding window or a scaled rope where the family has none,
-            an unknown activation.
+            that is not implemented: a sliding window where the family has none, a rope other than
+            plain, Llama 3's and YaRN, an unknown activation.
         ValueError: tensors are missing, malformed, or unknown to the architecture; keys of
             config.json are missing or contradict each other.
 
