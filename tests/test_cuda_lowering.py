@@ -5,6 +5,7 @@ only for its versions and for scratch sizes.
 """
 
 import re
+from typing import Any
 
 import extension_stand_in
 import jax
@@ -119,7 +120,7 @@ def test_moe_matmul(extension):
 
 def layer_stacks(intermediate=96, **changes):
     """gate_up [3, 96, 2I] and down [3, I, 200]."""
-    size = {"m": 7, "group_size": 32} | changes
+    size: dict[str, Any] = {"m": 7, "group_size": 32} | changes
     gate_up = problems.build(problems.Problem("gate_up", k=96, n=2 * intermediate, **size))
     down = problems.build(problems.Problem("down", k=intermediate, n=200, **size))
     return jnp.asarray(gate_up.x), gate_up.stack(), down.stack()

@@ -82,7 +82,9 @@ def _leaves(stack: MarlinExpertStack) -> tuple[jax.Array, ...]:
 
 
 def _stack(leaves, spec) -> MarlinExpertStack:
-    return MarlinExpertStack(*leaves[:2], *(a if a.size else None for a in leaves[2:]), spec)
+    qweight, scales, *optional = leaves
+    zero_points, perm, bias = (leaf if leaf.size else None for leaf in optional)
+    return MarlinExpertStack(qweight, scales, zero_points, perm, bias, spec)
 
 
 def _shape_rule(x, *operands, down_spec, **_):

@@ -84,7 +84,7 @@ def moe_ffn(
     def layer(x, ids, weights, halves, down):
         if implementation != "xla" and can_fuse(halves, down):
             return fused_layer(
-                x, ids, weights, *halves, down, activation, weights_on_input, implementation
+                x, ids, weights, halves[0], down, activation, weights_on_input, implementation
             )
         activate = ACTIVATIONS[activation]
         return composed_layer(
