@@ -10,6 +10,9 @@ from jax_marlin.bench.problems import ROTATION_BYTES, Batch, random_key
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
+# What one program reads, about a millisecond of a GPU: XLA may read all experts in each call, and
+# compiles each call of its products anew.
+_PROGRAM_BYTES, _FEWEST_CALLS = 4e9, 4
 _CPU_BYTES = 2**30  # what a benchmark may take of a machine that does not say what it has
 
 
@@ -19,7 +22,7 @@ class Baseline:
     def __init__(self, shape: Shape, dtype: np.dtype, fewest_rows: int, calls: int):
         """`fewest_rows` and `calls` are the smallest and the largest that will be timed."""
         self.shape, self.dtype, self.weights = shape, dtype, []
-        expert_bytes = sum(k * n for k, n in shape.linears) * dtype.itemsize
+        expert_bytes = shape.expert_weights * dtype.itemsize
         touched = shape.touched_experts(fewest_rows) * expert_bytes
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
         # One copy more: what the random numbers need while they are made.
@@ -42,6 +45,9 @@ class Baseline:
         ragged = shape.kind != "dense"
         if not self.weights or (ragged and spread * self.dtype.itemsize > _free_bytes()):
             return None
+        stack_bytes = shape.experts * shape.expert_weights * self.dtype.itemsize
+        calls = max(_FEWEST_CALLS, math.ceil(_PROGRAM_BYTES / stack_bytes))
+        batch = batch.first(calls)
         weights = [self.weights[call % len(self.weights)] for call in range(len(batch.operands))]
         if shape.kind == "layer":
             operation = _layer
