@@ -30,11 +30,15 @@ class Baseline:
             return
         keys = jax.random.split(random_key(1), (copies, len(shape.linears)))
         lead = () if shape.kind == "dense" else (shape.experts,)
-        self.weights = [
-            [jax.random.normal(key, (*lead, k, n), dtype) * dtype.type(k**-0.5)
-             for key, (k, n) in zip(row, shape.linears, strict=True)]
-            for row in keys
-        ]  # fmt: skip
+        try:
+            self.weights = jax.block_until_ready([
+                [jax.random.normal(key, (*lead, k, n), dtype) * dtype.type(k**-0.5)
+                 for key, (k, n) in zip(row, shape.linears, strict=True)]
+                for row in keys
+            ])  # fmt: skip
+        except jax.errors.JaxRuntimeError as error:  # a peer's memory is unknown to JAX
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
 
     def microseconds(self, batch: Batch, runs: int) -> float | None:
         """The time of one call; None if memory does not allow it."""

@@ -86,7 +86,7 @@ def _product(
 
 @jax.jit
 def _float64_product(x, stack: MarlinExpertStack, expert, columns) -> jax.Array:
-    weight = stack[expert].dequantize(jnp.float32)  # exact: a few bits times 8 or 11
+    weight = stack[expert].dequantize(jnp.float32)  # exact if scales have 16 bits
     return x @ weight[:, columns].astype(jnp.float64)
 
 

@@ -23,7 +23,7 @@ from jax_marlin.bench.problems import Batch, Quantization
 from jax_marlin.bench.shapes import Shape
 
 # What a peer may raise without an end to the run: torch's errors are RuntimeErrors, a compiler that
-# fails or is missing is the next two, and the rest come from arguments that another version refuses.
+# fails or is missing is the next two, the rest comes from arguments that another version refuses.
 ERRORS = (
     RuntimeError, OSError, subprocess.SubprocessError,
     ImportError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
@@ -73,22 +73,26 @@ class Humming:
         self.shape, self.dtype = shape, getattr(torch, str(quantization.dtype))
         experts = None if shape.kind == "dense" else shape.experts
         group_size = max(quantization.group_size, 0)  # 0: one group
-        with torch.device("cuda"):
-            self.weight = torch.randn(shape.n, shape.k, dtype=self.dtype)
-            self.layers = []
-            for _ in range(copies):
+        self.weight = torch.randn(shape.n, shape.k, device="cuda", dtype=self.dtype)
+        self.layers = []
+        for _ in range(copies):
+            with torch.device("cuda"):  # gigabytes need not pass through the host
                 layer = layer_type(
                     shape_n=shape.n, shape_k=shape.k, num_experts=experts, torch_dtype=self.dtype,
                     weight_config={"dtype": f"int{quantization.bits}", "group_size": group_size},
                 )  # fmt: skip
-                schema = layer.weight_schema
-                packed = schema.quant_tensor(self.weight, schema, self.dtype)
-                for name, tensor in packed.items():
-                    own = getattr(layer, name).data
-                    for expert, part in enumerate(own if experts else [own]):
-                        part.copy_(tensor.roll(_SHIFT * expert, 0))
-                layer.transform()
-                self.layers.append(layer)
+            schema = layer.weight_schema
+            for name, packed in schema.quant_tensor(self.weight, schema, self.dtype).items():
+                own = getattr(layer, name).data
+                for expert, part in enumerate(own if experts else [own]):
+                    part.copy_(packed.roll(_SHIFT * expert, 0))
+            layer.transform()
+            self.layers.append(layer)
+
+    def close(self) -> None:
+        """Gives the memory back, which torch would keep from JAX."""
+        self.layers.clear()
+        _torch().cuda.empty_cache()
 
     def microseconds(self, batch: Batch, runs: int) -> dict[str, float]:
         """The time of one call by each way of calling it ("dense"; "indexed", "grouped").
