@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
     add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
-    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 8)")
+    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 4)")
     add("--runs", type=_positive, default=20, metavar="N", help="of a program (default: 20)")
     add("--bandwidth", type=float, metavar="GB/S", help="of the floor (default: measured)")
     add("--tflops", type=float, metavar="N", help="of the floor (default: measured)")
@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-peers", dest="peers", action="store_false", help="do not time Humming")
     add(
         "--max-seconds", type=_positive, metavar="N",
-        help="for peers, XLA among them: each problem gets an equal share of N seconds, beyond "
-        "which only ours is timed (default: no limit)",
+        help="of a run with peers, XLA among them: each problem has an equal share of it, after "
+        "which no peer is begun and only ours is timed (default: no limit)",
     )  # fmt: skip
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     add("--plot", type=pathlib.Path, metavar="FILE", help="draw time and floor (matplotlib)")

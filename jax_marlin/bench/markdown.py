@@ -24,6 +24,9 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
     cells = {(record["problem"], record["rows"]): _cell(record) for record in records}
     sizes = {record["problem"]: _size(record) for record in records}
     heads = [f"{rows} token{'s' if rows > 1 else ''}" for rows in columns]
+    peers = f"XLA's product with {conditions['dtype']} weights"
+    if any(record["humming_us"] is not None for record in records):
+        peers += f", or Humming ({conditions['humming']})"
     driver = f", driver {conditions['driver']}" if conditions["driver"] else ""
     return "\n".join([
         f"{conditions['device']}{driver}, jax {conditions['jax']}, {conditions['date'][:10]}: "
@@ -41,8 +44,7 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
         "",
         "Time of one call, its share of the floor (packed weights read once at "
         f"{conditions['floor_gb_per_s']:.0f} GB/s, or the arithmetic at "
-        f"{conditions['floor_tflops']:.4g} TFLOP/s), and the best peer: XLA's product with "
-        f"{conditions['dtype']} weights, or Humming ({conditions['humming']}).",
+        f"{conditions['floor_tflops']:.4g} TFLOP/s), and the best peer: {peers}.",
     ])  # fmt: skip
 
 
