@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import math
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +13,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_marlin.bench import report
+from jax_marlin.bench import humming, markdown, report
 from jax_marlin.bench.floor import Ceilings, measure_bandwidth, measure_flops
 from jax_marlin.bench.measure import Options, measure
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.bench.shapes import SHAPES, select
 from jax_marlin.linear import compute_dtype
 
-_GPU_SETS = ("dense", "qwen3-30b", "mixtral-8x7b")
+_GPU_SETS = ("dense", "qwen3-30b", "mixtral-8x7b", "deepseek-v3")
 _GPU_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CPU_SETS, _CPU_ROWS = ("tiny",), (1, 16)
 
@@ -47,8 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jax-marlin bench",
         description="Checks each operation's result, then times it against the floor of this "
-        "device's memory and tensor cores, and against XLA on unquantized weights.",
-        epilog=f"problems: {', '.join(SHAPES)}; a set's name (before the dot) means all its parts",
+        "device's memory and tensor cores, against XLA on unquantized weights, and against "
+        "Humming (humming-kernels and torch) on 4-bit ones where that is installed.",
+        epilog=f"problems: {', '.join(SHAPES)}; a set's name (before the dot) means all its parts. "
+        "Memory: JAX takes three quarters of the GPU's memory when it starts, and torch, in which "
+        "Humming works, gets what is left; set XLA_PYTHON_CLIENT_PREALLOCATE=false so that both "
+        "take what they need (deepseek-v3: up to 15 GB for Humming, 45 GB for XLA). A peer that "
+        "does not fit is left out of a record, and ours is timed all the same.",
     )
     add = parser.add_argument
     add("--shapes", nargs="+", metavar="NAME", help="default: all but tiny; tiny on a CPU")
@@ -56,13 +63,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
     add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
-    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 8)")
+    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 4)")
     add("--runs", type=_positive, default=20, metavar="N", help="of a program (default: 20)")
     add("--bandwidth", type=float, metavar="GB/S", help="of the floor (default: measured)")
     add("--tflops", type=float, metavar="N", help="of the floor (default: measured)")
     add("--no-baseline", dest="baseline", action="store_false", help="do not time XLA")
+    add("--no-peers", dest="peers", action="store_false", help="do not time Humming")
+    add(
+        "--max-seconds", type=_positive, metavar="N",
+        help="of a run with peers, XLA among them: each problem has an equal share of it, after "
+        "which no peer is begun and only ours is timed (default: no limit)",
+    )  # fmt: skip
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     add("--plot", type=pathlib.Path, metavar="FILE", help="draw time and floor (matplotlib)")
+    add(
+        "--markdown", type=pathlib.Path, metavar="FILE",
+        help="write a table between the lines <!-- bench:begin --> and <!-- bench:end --> of FILE, "
+        "or a new FILE",
+    )  # fmt: skip
     return parser
 
 
@@ -77,18 +95,23 @@ def _run(args: argparse.Namespace) -> int:
     shapes = select(args.shapes or (_CPU_SETS if on_cpu else _GPU_SETS))
     rows = sorted(set(args.rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)))
     dtype = compute_dtype(_dtype(args.dtype, on_cpu), "bench")
-    options = Options(
-        Quantization(args.bits, args.group_size, dtype), args.calls, args.runs, args.baseline
-    )
+    quantization = Quantization(args.bits, args.group_size, dtype)
+    no_humming = humming.why_not(quantization) if args.peers else "not asked for"
+    options = Options(quantization, args.calls, args.runs, args.baseline, no_humming is None)
+    if args.markdown:  # now, not after minutes
+        markdown.check_markers(args.markdown)
     ceilings = _ceilings(args, dtype)
     options_of = {"bandwidth": args.bandwidth, "flops": args.tflops}
     given = [name for name, value in options_of.items() if value is not None]
     conditions = report.conditions(options, ceilings, given=given)
+    conditions["humming"] = humming.version() if no_humming is None else no_humming
     records: list[dict[str, Any]] = []
     try:
-        _measure_all(shapes, rows, ceilings, options, records, args.json, conditions)
+        _measure_all(shapes, rows, ceilings, options, records, args, conditions)
         if args.plot:
             report.save_plot(args.plot, conditions, records)
+        if args.markdown:
+            markdown.save(args.markdown, conditions, records)
     finally:  # an interrupted run prints what it has
         print(report.table(conditions, records), flush=True)
     errors = sum(record["error"] is not None for record in records)
@@ -97,16 +120,18 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def _measure_all(shapes, rows, ceilings, options, records, json_path, conditions) -> None:
+def _measure_all(shapes, rows, ceilings, options, records, args, conditions) -> None:
     """Appends to `records`, which it also saves after each case for a run that is cut off."""
+    share = math.inf if args.max_seconds is None else args.max_seconds / len(shapes)
     with tqdm(total=len(shapes) * len(rows), unit="case") as bar:
         for shape in shapes:
             bar.set_description(shape.name)
-            for record in measure(shape, rows, ceilings, options):
+            peers_until = time.monotonic() + share
+            for record in measure(shape, rows, ceilings, options, peers_until):
                 records.append(record)
                 bar.update()
-                if json_path:
-                    report.save_json(json_path, conditions, records)
+                if args.json:
+                    report.save_json(args.json, conditions, records)
 
 
 def _dtype(name: str | None, on_cpu: bool) -> np.dtype:

@@ -10,6 +10,9 @@ from jax_marlin.bench.problems import ROTATION_BYTES, Batch, random_key
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
+# What one program reads, about a millisecond of a GPU: XLA may read all experts in each call, and
+# compiles each call of its products anew.
+_PROGRAM_BYTES, _FEWEST_CALLS = 4e9, 4
 _CPU_BYTES = 2**30  # what a benchmark may take of a machine that does not say what it has
 
 
@@ -19,7 +22,7 @@ class Baseline:
     def __init__(self, shape: Shape, dtype: np.dtype, fewest_rows: int, calls: int):
         """`fewest_rows` and `calls` are the smallest and the largest that will be timed."""
         self.shape, self.dtype, self.weights = shape, dtype, []
-        expert_bytes = sum(k * n for k, n in shape.linears) * dtype.itemsize
+        expert_bytes = shape.expert_weights * dtype.itemsize
         touched = shape.touched_experts(fewest_rows) * expert_bytes
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
         # One copy more: what the random numbers need while they are made.
@@ -27,11 +30,15 @@ class Baseline:
             return
         keys = jax.random.split(random_key(1), (copies, len(shape.linears)))
         lead = () if shape.kind == "dense" else (shape.experts,)
-        self.weights = [
-            [jax.random.normal(key, (*lead, k, n), dtype) * dtype.type(k**-0.5)
-             for key, (k, n) in zip(row, shape.linears, strict=True)]
-            for row in keys
-        ]  # fmt: skip
+        try:
+            self.weights = jax.block_until_ready([
+                [jax.random.normal(key, (*lead, k, n), dtype) * dtype.type(k**-0.5)
+                 for key, (k, n) in zip(row, shape.linears, strict=True)]
+                for row in keys
+            ])  # fmt: skip
+        except jax.errors.JaxRuntimeError as error:  # a peer's memory is unknown to JAX
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
 
     def microseconds(self, batch: Batch, runs: int) -> float | None:
         """The time of one call; None if memory does not allow it."""
@@ -42,6 +49,9 @@ class Baseline:
         ragged = shape.kind != "dense"
         if not self.weights or (ragged and spread * self.dtype.itemsize > _free_bytes()):
             return None
+        stack_bytes = shape.experts * shape.expert_weights * self.dtype.itemsize
+        calls = max(_FEWEST_CALLS, math.ceil(_PROGRAM_BYTES / stack_bytes))
+        batch = batch.first(calls)
         weights = [self.weights[call % len(self.weights)] for call in range(len(batch.operands))]
         if shape.kind == "layer":
             operation = _layer

@@ -1,17 +1,25 @@
-"""Measures one problem at each number of rows: check, time, compare with the floor and XLA."""
+"""Measures one problem at each number of rows: check, time, compare with the floor and peers."""
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
+from jax_marlin.bench import humming
 from jax_marlin.bench.baselines import Baseline
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.floor import Ceilings, floor_microseconds
 from jax_marlin.bench.problems import Batch, Problem, Quantization
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
+
+# A program of our calls takes about this long, by the floor: 200 times what its start varies by.
+_PROGRAM_MICROSECONDS = 2000
+_CALLS = (4, 32)  # fewest, most
+_PEERS = ("xla", "humming")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,48 +31,70 @@ class Options:
         calls: calls in one program; None: see `calls_for`.
         runs: runs of a program, of which the median counts.
         baseline: time XLA, too.
+        humming: time Humming, too, where it has such an operation.
     """
 
     quantization: Quantization
     calls: int | None
     runs: int
     baseline: bool
+    humming: bool = False
 
-    def calls_for(self, rows: int) -> int:
-        """Calls in the program for `rows` tokens: fewer where results are large and calls long."""
+    def calls_for(self, shape: Shape, rows: int, ceilings: Ceilings) -> int:
+        """Calls in the program for `rows` tokens: fewer where they are long."""
         if self.calls is not None:
             return self.calls
         if jax.default_backend() == "cpu":
-            return 4
-        return 32 if rows <= 64 else 16 if rows <= 256 else 8
+            return _CALLS[0]
+        weights = shape.touched_experts(rows) * shape.expert_weights
+        num_bytes = weights * self.quantization.bits / 8
+        floor_us, _ = floor_microseconds(num_bytes, shape.flops(rows), ceilings)
+        return min(max(_CALLS[0], math.ceil(_PROGRAM_MICROSECONDS / floor_us)), _CALLS[1])
 
 
 def measure(
-    shape: Shape, rows: Sequence[int], ceilings: Ceilings, options: Options
+    shape: Shape,
+    rows: Sequence[int],
+    ceilings: Ceilings,
+    options: Options,
+    peers_until: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """Yields a record (see `_record`) for each number of rows.
 
     A wrong result is not timed: its record has an `error` and no times. What the device refuses
-    (too little memory, say) is an `error`, too, in place of the times that it prevented.
+    (too little memory, say) is an `error`, too, in place of the times that it prevented. What is
+    wrong with Humming is text, `humming_error`. After `peers_until` (of `time.monotonic`), no peer
+    is timed.
     """
-    calls = max(map(options.calls_for, rows))
+    calls_for = {count: options.calls_for(shape, count, ceilings) for count in rows}
+    calls = max(calls_for.values())
     problem = Problem(shape, options.quantization, min(rows), calls)
-    baseline = None
-    if options.baseline:
+    baseline = peer = peer_error = None
+    if options.humming and shape.kind != "layer" and time.monotonic() < peers_until:
+        peer, peer_error = humming.attempt(
+            humming.Humming, shape, options.quantization, problem.copies
+        )
+    if options.baseline and time.monotonic() < peers_until:
         baseline = Baseline(shape, options.quantization.dtype, min(rows), calls)
     for count in rows:
-        batch = problem.batch(count, options.calls_for(count))
+        batch = problem.batch(count, calls_for[count])
         record = _record(shape, count, batch, ceilings)
+        record["humming_error"] = peer_error
         try:
             record["deviation"] = check(shape, batch, seed=count)
             record |= _times(
                 record, microseconds(batch.operation, batch.operands, runs=options.runs)
             )
-            if baseline is not None:
+            if baseline is not None and time.monotonic() < peers_until:
                 record["xla_us"] = baseline.microseconds(batch, options.runs)
+            if peer is not None and time.monotonic() < peers_until:
+                record |= _humming_times(peer, batch, options.runs)
+            record |= _best_peer(record)
         except (WrongResultError, jax.errors.JaxRuntimeError) as error:
             record["error"] = str(error)
         yield record
+    if peer is not None:
+        peer.close()
 
 
 def _record(shape: Shape, rows: int, batch: Batch, ceilings: Ceilings) -> dict[str, Any]:
@@ -89,6 +119,12 @@ def _record(shape: Shape, rows: int, batch: Batch, ceilings: Ceilings) -> dict[s
         "gb_per_s": None,
         "tflops": None,
         "xla_us": None,  # unquantized
+        "humming_us": None,  # by its fastest way of calling it
+        "humming_mode": None,
+        "humming_error": None,
+        "best_peer": None,
+        "best_peer_us": None,
+        "of_best_peer": None,  # its time / ours: above one, we are faster
         "deviation": None,  # largest sampled one, in units of the result's root mean square
         "error": None,
     }
@@ -100,4 +136,24 @@ def _times(record: dict[str, Any], us: float) -> dict[str, float]:
         "share_of_floor": record["floor_us"] / us,
         "gb_per_s": record["packed_bytes"] / us / 1e3,
         "tflops": record["flops"] / us / 1e6,
+    }
+
+
+def _humming_times(peer: humming.Humming, batch: Batch, runs: int) -> dict[str, Any]:
+    times, error = humming.attempt(peer.microseconds, batch, runs)
+    if error is not None:
+        return {"humming_error": error}
+    mode = min(times, key=times.get)
+    return {"humming_us": times[mode], "humming_mode": mode}
+
+
+def _best_peer(record: dict[str, Any]) -> dict[str, Any]:
+    times = {peer: us for peer in _PEERS if (us := record[f"{peer}_us"]) is not None}
+    if not times:
+        return {}
+    best = min(times, key=times.__getitem__)
+    return {
+        "best_peer": best,
+        "best_peer_us": times[best],
+        "of_best_peer": times[best] / record["us"],
     }

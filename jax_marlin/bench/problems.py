@@ -45,6 +45,11 @@ class Batch:
     stacks: list[list[MarlinExpertStack]]
     topk_ids: list[np.ndarray]
 
+    def first(self, calls: int) -> "Batch":
+        """The first calls of the batch, or all if it has no more."""
+        parts = (self.operands[:calls], self.stacks[:calls], self.topk_ids[:calls])
+        return Batch(self.operation, *parts)
+
     def touched_bytes(self) -> float:
         """Packed bytes that a call reads, on average."""
         return float(
@@ -65,7 +70,7 @@ class Problem:
             QuantSpec.create(bits=quantization.bits, group_size=quantization.group_size, k=k, n=n)
             for k, n in shape.linears
         ]
-        expert_bytes = sum(k * n for k, n in shape.linears) * quantization.bits / 8
+        expert_bytes = shape.expert_weights * quantization.bits / 8
         touched = shape.touched_experts(fewest_rows) * expert_bytes
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
         # Copies of a dense weight are the experts of one stack.

@@ -27,6 +27,9 @@ _COLUMNS = {
     "gb_per_s": ("GB/s", "{:.3g}"),
     "tflops": ("TFLOP/s", "{:.3g}"),
     "xla_us": ("XLA us", "{:.1f}"),
+    "humming_us": ("Humming us", "{:.1f}"),
+    "best_peer_us": ("best peer us", "{:.1f}"),
+    "of_best_peer": ("of best peer", "{:.0%}"),
 }
 
 
@@ -60,7 +63,8 @@ def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) 
         ),
         "method": f"median of {options.runs} runs of one program of several calls less the time "
         "of the same program without them; weights and routings rotated past L2; moe: aligned "
-        "before; layer: aligned inside; floor: packed weights read once, or the flops",
+        "before; layer: aligned inside; floor: packed weights read once, or the flops; Humming: "
+        "median of as many replays of a CUDA graph of the calls; of best peer: its time over ours",
     }
 
 
@@ -86,6 +90,9 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
     errors = [f"{r['problem']} rows {r['rows']}: {r['error']}" for r in records if r["error"]]
+    errors += sorted({
+        f"{r['problem']}: Humming: {r['humming_error']}" for r in records if r["humming_error"]
+    })  # fmt: skip
     return "\n".join([*header, "", *lines, *errors])
 
 
@@ -114,6 +121,7 @@ def save_plot(
         for name, label, style in (
             ("us", "jax_marlin", "C0o-"),
             ("xla_us", f"XLA {conditions['dtype']}", "C1s-"),
+            ("humming_us", "Humming", "C2^-"),
             ("floor_us", "floor", "k--"),
         ):
             points = [(r["rows"], r[name]) for r in own if r[name] is not None]

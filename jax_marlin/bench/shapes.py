@@ -33,9 +33,14 @@ class Shape:
             [(self.k, 2 * self.n), (self.n, self.k)] if self.kind == "layer" else [(self.k, self.n)]
         )
 
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert."""
+        return sum(k * n for k, n in self.linears)
+
     def flops(self, rows: int) -> int:
         """Multiplications and additions for `rows` tokens."""
-        return sum(2 * rows * self.top_k * k * n for k, n in self.linears)
+        return 2 * rows * self.top_k * self.expert_weights
 
     def touched_experts(self, rows: int) -> int:
         """The most experts that `rows` tokens can reach."""
@@ -61,6 +66,7 @@ SHAPES: dict[str, Shape] = {
         *(Shape(f"dense.{k}x{n}", "dense", k, n) for k, n in _DENSE),
         *_experts("qwen3-30b", hidden=2048, intermediate=768, experts=128, top_k=8),
         *_experts("mixtral-8x7b", hidden=4096, intermediate=14336, experts=8, top_k=2),
+        *_experts("deepseek-v3", hidden=7168, intermediate=2048, experts=256, top_k=8),
     ]
 }
 
