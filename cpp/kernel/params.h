@@ -44,28 +44,29 @@ struct GemmParams {
   int split_k;                 // blocks that share one output tile
   Activation activation;       // of columns j (gate) and n + j (up), rows weighted before it
   bool out_is_float32;
-  bool x_is_pending;           // the kernel before this one, still running, writes x
-  bool weights_before_bias;    // acc * weight + bias, instead of (acc + bias) * weight
+  bool columns_first;  // blocks with neighbouring columns run together, not those of rows
+  bool x_is_pending;  // the kernel before this one, still running, writes x
+  bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
 };
 
 // Sum of each token's routed rows (combine_topk.cuh).
 struct CombineParams {
-  const float* rows;     // [tokens * top_k, row_stride]
-  const int* topk_ids;   // [tokens, top_k]; rows of ids outside the stack count as zero
-  void* out;             // [tokens, columns]
+  const float* rows;  // [tokens * top_k, row_stride]
+  const int* topk_ids;  // [tokens, top_k]; rows of ids outside the stack count as zero
+  void* out;  // [tokens, columns]
   int64_t tokens, row_stride;
   int columns, top_k, num_experts;
 };
 
 // Act-order of routed rows (gather_rows.cuh).
 struct GatherParams {
-  const uint16_t* x;         // [x_rows, x_stride]: 16-bit elements are moved, not read
-  const int* perm;           // [num_experts, k]
+  const uint16_t* x;  // [x_rows, x_stride]: 16-bit elements are moved, not read
+  const int* perm;  // [num_experts, k]
   const int* sorted_token_ids;  // null when topk_ids is given
   const int* expert_ids;
   const int* num_tokens_past_padded;
-  const int* topk_ids;       // [out_rows], in place of tables
-  uint16_t* gathered;        // [out_rows, x_stride]
+  const int* topk_ids;  // [out_rows], in place of tables
+  uint16_t* gathered;  // [out_rows, x_stride]
   int64_t x_stride, out_rows;
   int slots, k, num_experts, moe_block_size, row_divisor;
 };
@@ -75,10 +76,10 @@ constexpr int kMaxAlignExperts = 8192;
 
 // Routing tables (moe_align.cuh).
 struct AlignParams {
-  const int* topk_ids;     // [routes]
-  const int* expert_map;   // [num_experts] global to local, -1 = elsewhere; null = identity
-  int* sorted_token_ids;   // [slots]
-  int* expert_ids;         // [blocks]
+  const int* topk_ids;  // [routes]
+  const int* expert_map;  // [num_experts] global to local, -1 = elsewhere; null = identity
+  int* sorted_token_ids;  // [slots]
+  int* expert_ids;  // [blocks]
   int* num_tokens_past_padded;  // [1]
   int routes, slots, blocks, num_experts, moe_block_size;
 };

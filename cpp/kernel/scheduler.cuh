@@ -73,12 +73,9 @@ __device__ __forceinline__ int seek_rows(const GemmParams& p, int row_block,
 template <class Config>
 __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>& storage,
                                      WorkTile& tile) {
-  // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
-  // last. Dense: row blocks first, which share weights.
-  const bool routed = p.expert_ids != nullptr || p.topk_ids != nullptr;
-  const int row_block = routed ? blockIdx.y : blockIdx.x;
+  const int row_block = p.columns_first ? blockIdx.y : blockIdx.x;
   tile.split = blockIdx.z;
-  tile.column_block = routed ? blockIdx.x : blockIdx.y;
+  tile.column_block = p.columns_first ? blockIdx.x : blockIdx.y;
   tile.index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   tile.expert = seek_rows<Config>(p, row_block, storage);
 

@@ -89,9 +89,12 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   }
   const GemmKernel kernel = find_kernel(gemm);
   if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
+  // last. Dense: row blocks first, which share weights.
   const bool routed = params.expert_ids != nullptr || params.topk_ids != nullptr;
+  params.columns_first = routed && choice.row_blocks <= kMaxGridY;
   dim3 grid(static_cast<unsigned>(choice.row_blocks), choice.n_blocks, choice.split_k);
-  if (routed) std::swap(grid.x, grid.y);
+  if (params.columns_first) std::swap(grid.x, grid.y);
   if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
   return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params);
 }
