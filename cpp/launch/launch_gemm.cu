@@ -41,8 +41,10 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
     set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
   if (set != cudaSuccess) return set;
-  int major = 0;
-  const cudaError_t asked = device_attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  // A kernel waits for the one before it in code of sm_90 alone. What the driver compiles from the
+  // PTX of an older architecture, on any GPU, does not (ptx.cuh), so it must not start early.
+  cudaFuncAttributes code = {};
+  const cudaError_t asked = cudaFuncGetAttributes(&code, kernel);
   if (asked != cudaSuccess) return asked;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -53,7 +55,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = order == Order::kOverlap && major >= 9 ? 1 : 0;
+  config.numAttrs = order == Order::kOverlap && code.ptxVersion >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
