@@ -212,6 +212,13 @@ def test_vmap_folds_a_batch_of_tokens_into_one_layer():
     oracle.assert_within(same_routes[1], y, budget)
 
 
+def test_vmap_over_nothing():
+    layer = build_layer("vmapped_nothing", dtype="float32")
+    x, ids, weights = (jnp.asarray(a)[None][:0] for a in (layer.x, *layer.routes))
+    batched = jax.vmap(moe_ffn, in_axes=(0, 0, 0, None, None))
+    assert batched(x, ids, weights, *layer.stacks()).shape == (0, len(layer.x), 136)
+
+
 def test_vmap_over_layers():
     layers = [build_layer(f"vmapped_{i}", dtype="float32") for i in range(2)]
     stacks = [

@@ -1,5 +1,7 @@
 """Bad input of moe_ffn: each message, and the nearest input that is accepted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,16 @@ ERRORS = [
         r"gate_up has shape \(5, 96, 144\), expected .* \(4, 96, 144\)",
     ),
     ({"down": DOWN.astype(jnp.float16)}, TypeError, r".*down in float16; use gate_up.astype"),
+    (
+        {"down": jax.tree.map(lambda a: a[None], DOWN)},
+        ValueError,
+        r"the stack's qweight has shape \(1, 5, .*expected 4 axes",
+    ),
+    (
+        {"gate_up": dataclasses.replace(GATE_UP, qweight=GATE_UP.qweight.astype(jnp.int32))},
+        TypeError,
+        "the stack's qweight is int32, expected uint32",
+    ),
     ({"activation": "swish"}, ValueError, "activation is 'swish', expected one of .*'silu'"),
     ({"implementation": "cuda"}, NotImplementedError, "implementation='cuda'"),  # float32
 ]  # fmt: skip
@@ -65,3 +77,24 @@ def test_errors_name_the_argument(changes, error, message):
 
 def test_the_arguments_that_the_errors_change_are_accepted():
     oracle.assert_within(moe_ffn(**ARGUMENTS), *expected(LAYER))
+
+
+# I = 80 is one call on CUDA, I = 72 is composed: both refuse while they are traced.
+@pytest.mark.parametrize("intermediate", [80, 72])
+def test_more_slots_than_int32_counts(intermediate):
+    layer = build_layer("slots", intermediate=intermediate)
+    tokens, top_k = 2**26, 64
+    x = jax.ShapeDtypeStruct((tokens, layer.x.shape[1]), layer.x.dtype)
+    ids = jax.ShapeDtypeStruct((tokens, top_k), jnp.int32)
+    weights = jax.ShapeDtypeStruct((tokens, top_k), jnp.float32)
+    with pytest.raises(ValueError, match="more than int32 counts; split T"):
+        jax.eval_shape(moe_ffn, x, ids, weights, *layer.stacks())
+
+
+@pytest.mark.parametrize("intermediate", [80, 72])
+def test_leaves_of_another_rank_are_refused_while_traced(intermediate):
+    layer = build_layer("leaves", intermediate=intermediate)
+    gate_up, down = layer.stacks()
+    down = jax.tree.map(lambda a: a[None], down)
+    with pytest.raises(ValueError, match="^moe_ffn: .*expected 4 axes"):
+        jax.eval_shape(moe_ffn, layer.x, *layer.routes, gate_up, down)

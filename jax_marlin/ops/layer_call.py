@@ -15,6 +15,7 @@ from jax_marlin.ops.composition import composed_layer
 from jax_marlin.ops.moe_align_block_size import (
     MAX_KERNEL_EXPERTS,
     aligned_sizes,
+    check_slots,
     select_moe_block_size,
 )
 from jax_marlin.ops.primitive import (
@@ -63,7 +64,13 @@ def fused_layer(
 
     Returns:
         `[T, N]`, x's dtype.
+
+    Raises:
+        ValueError: more slots than int32 counts.
     """
+    num_experts = down.num_experts
+    moe_block_size = select_moe_block_size(*ids.shape, num_experts)
+    check_slots(ids.shape, moe_block_size, num_experts, "moe_ffn")
     return _primitive.bind(
         x, ids, weights, *_leaves(gate_up), *_leaves(down),
         gate_up_spec=gate_up.spec, down_spec=down.spec, activation=activation,

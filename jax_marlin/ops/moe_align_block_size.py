@@ -81,13 +81,7 @@ def align_routed_rows(
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same for checked int32 arrays (`as_expert_ids`); what the other ops call."""
-    num_slots, _ = aligned_sizes(topk_ids.shape, moe_block_size, num_experts)
-    if isinstance(num_slots, int) and num_slots > _INT32_MAX:
-        raise ValueError(
-            f"moe_align_block_size: topk_ids of shape {topk_ids.shape}, {num_experts} experts and"
-            f" moe_block_size {moe_block_size} need {num_slots} slots, more than int32 counts;"
-            " split T"
-        )
+    check_slots(topk_ids.shape, moe_block_size, num_experts)
     if expert_map is None:
         expert_map = jnp.zeros((0,), jnp.int32)
     return tuple(
@@ -99,6 +93,19 @@ def align_routed_rows(
             implementation=implementation,
         )
     )
+
+
+def check_slots(
+    topk_shape, moe_block_size: int, num_experts: int, where: str = "moe_align_block_size"
+) -> None:
+    """Refuses routings whose slots int32 cannot count."""
+    num_slots, _ = aligned_sizes(topk_shape, moe_block_size, num_experts)
+    if isinstance(num_slots, int) and num_slots > _INT32_MAX:
+        raise ValueError(
+            f"{where}: topk_ids of shape {tuple(topk_shape)}, {num_experts} experts and"
+            f" moe_block_size {moe_block_size} need {num_slots} slots, more than int32 counts;"
+            " split T"
+        )
 
 
 def as_expert_ids(

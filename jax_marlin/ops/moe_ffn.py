@@ -100,8 +100,9 @@ def moe_ffn(
             (a if b else jnp.broadcast_to(a, (axis_size, *a.shape))).reshape(-1, a.shape[-1])
             for a, b in zip((x, ids, weights), batched, strict=True)
         ]
+        num_tokens = ids.shape[-2]
         out = layer(*folded, halves, down)
-        return out.reshape(axis_size, -1, out.shape[-1]), True
+        return out.reshape(axis_size, num_tokens, out.shape[-1]), True
 
     out = layer(x.reshape(-1, x.shape[-1]), ids, weights, halves, down)
     return out.reshape(*x.shape[:-1], down.n_per_expert)
@@ -134,6 +135,8 @@ def _check_stacks(halves: tuple, down: ExpertStack, implementation: str | None) 
                 f"{_WHERE}: {name} is {type(stack).__name__}, expected a MarlinExpertStack with an"
                 " expert axis (see jm.load_gptq_stacked)"
             )
+        else:
+            checks.check_leaves(stack, _WHERE)
     letters, width = ("I", down.k) if len(halves) == 2 else ("2I", 2 * down.k)
     expected = (down.num_experts, halves[0].k, width)
     for name, half in zip(names, halves, strict=True):
