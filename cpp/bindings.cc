@@ -51,9 +51,9 @@ nb::list tile_table() {
 }
 
 nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
-                     bool has_wgmma, bool gated) {
-  const TileChoice choice =
-      select_tile({rows, moe_block_size, k, n, bits, gated}, {sm_count, has_wgmma});
+                     bool has_wgmma, bool gated, int64_t routes, int num_experts) {
+  const TileChoice choice = select_tile(
+      {rows, moe_block_size, k, n, bits, gated, routes, num_experts}, {sm_count, has_wgmma});
   nb::dict result;
   result["wgmma"] = choice.wgmma;
   result["tile"] = choice.tile;
@@ -89,7 +89,7 @@ NB_MODULE(_jax_marlin, m) {
   m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
-        nb::arg("gated") = false);
+        nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0);
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",

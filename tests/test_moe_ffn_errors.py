@@ -96,5 +96,5 @@ def test_leaves_of_another_rank_are_refused_while_traced(intermediate):
     layer = build_layer("leaves", intermediate=intermediate)
     gate_up, down = layer.stacks()
     down = jax.tree.map(lambda a: a[None], down)
-    with pytest.raises(ValueError, match="^moe_ffn: .*expected 4 axes"):
+    with pytest.raises(ValueError, match=r"^moe_ffn: .*expected 4 axes"):
         jax.eval_shape(moe_ffn, layer.x, *layer.routes, gate_up, down)

@@ -48,6 +48,23 @@ def test_few_rows_take_narrow_blocks_before_they_split_k():
     assert choice["split_k"] == 1 and choice["n_blocks"] == 128
 
 
+def columns_of(rows, block, k, n, routes, num_experts):
+    choice = _jax_marlin.select_tile(
+        rows, block, k, n, 4, 132, routes=routes, num_experts=num_experts
+    )
+    return _jax_marlin.tile_table()[choice["tile"]]["columns"]
+
+
+def test_blocks_are_as_wide_as_the_experts_that_routes_reach_allow():
+    """Of 128 experts 8 routes reach 8, 128 routes 81; blocks should be two an SM or more."""
+    assert columns_of(8, 1, 2048, 1536, 8, 128) == 32
+    assert columns_of(1024, 8, 2048, 1536, 128, 128) == 128
+    # 8 routes reach 5 of 8 experts: too few for blocks of 128 columns, enough for 64.
+    assert columns_of(64, 8, 14336, 4096, 8, 8) == 64
+    assert columns_of(2, 1, 4096, 28672, 2, 8) == 128  # one wave
+    assert columns_of(288, 8, 4096, 28672, 32, 8) == 64  # several waves of long blocks
+
+
 def test_small_problems_split_k_to_fill_the_gpu():
     for rows in (1, 16, 32, 64):
         choice = _jax_marlin.select_tile(rows, 0, 4096, 1024, 4, 132)

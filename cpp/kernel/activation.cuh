@@ -13,7 +13,7 @@ __device__ __forceinline__ float activate(Activation activation, float gate, flo
     case Activation::kSilu:
       return gate * sigmoid(gate) * up;
     case Activation::kGelu:
-      return 0.5f * gate * (1.f + erff(gate * 0.70710678f)) * up;
+      return 0.5f * gate * erfcf(gate * -0.70710678f) * up;  // 1 + erf would cancel below zero
     case Activation::kGeluTanh: {
       // 0.5 (1 + tanh(v)) = sigmoid(2 v), v = sqrt(2 / pi) (gate + 0.044715 gate^3)
       const float v = 0.79788456f * (gate + 0.044715f * gate * gate * gate);

@@ -69,7 +69,8 @@ def fused_layer(
         ValueError: more slots than int32 counts.
     """
     num_experts = down.num_experts
-    moe_block_size = select_moe_block_size(*ids.shape, num_experts)
+    num_tokens, top_k = ids.shape
+    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
     check_slots(ids.shape, moe_block_size, num_experts, "moe_ffn")
     return _primitive.bind(
         x, ids, weights, *_leaves(gate_up), *_leaves(down),
