@@ -92,7 +92,10 @@ def find_modules(
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which layer 2 comes before layer 10."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+    return [
+        (0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part)  # no index is longer
+        for part in name.split(".")
+    ]
 
 
 def _module(
