@@ -43,7 +43,11 @@ SETTINGS = hypothesis.settings(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+    suppress_health_check=[
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.large_base_example,
+    ],
     phases=[hypothesis.Phase.generate],  # a failing case is small as it is
 )
 

@@ -31,8 +31,8 @@ def number(
 ) -> float:
     """A key that must be a positive number that float32 holds; `of` tells errors where it lies."""
     value = default if config.get(key) is None else config[key]
-    # Compared as it came: a long integer has no float.
-    if type(value) not in (int, float) or not 0 < value < 2.0**127:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 2.0**127:  # compared as it came: some integers are no float
         raise _error(config, key, "a positive number", of)
     return float(value)
 
