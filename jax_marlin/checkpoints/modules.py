@@ -127,6 +127,12 @@ def _module(
         raise ValueError(f"{where} has {' and '.join(orphans)} but no {codes}; is a shard missing?")
     if weight is None or weight.dtype not in FLOATS or len(weight.shape) > 2:
         return ModuleInfo(name, "other", (), parts)
+    bias = parts.get("bias")
+    if bias is not None and len(weight.shape) == 2 and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{where}: bias has shape {bias.shape}, expected {weight.shape[:1]} beside a weight "
+            f"[N, K] of shape {weight.shape}; the checkpoint is damaged, export it again"
+        )
     # A linear is stored [N, K], and everything here speaks of [K, N].
     return ModuleInfo(name, "dense", weight.shape[::-1], parts)
 

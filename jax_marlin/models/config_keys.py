@@ -31,8 +31,11 @@ def number(
 ) -> float:
     """A key that must be a positive number that float32 holds; `of` tells errors where it lies."""
     value = default if config.get(key) is None else config[key]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 2.0**127:  # compared as it came: some integers are no float
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < 2.0**127  # compared as it came: some integers are too long for a float
+    ):
         raise _error(config, key, "a positive number", of)
     return float(value)
 
