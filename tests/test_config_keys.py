@@ -150,3 +150,13 @@ def test_more_experts_than_modules(tmp_path):
     write_json(tmp_path / "config.json", CONFIG | {"num_local_experts": 10**9})
     with pytest.raises(ValueError, match=r"models\.load: config\.json has 1000000000 experts"):
         models.load(tmp_path)
+
+
+def test_index_with_a_file_name_that_no_system_has(tmp_path):
+    names = {255: "download them", 256: "expected a plain file name of at most 255 bytes"}
+    for length, message in names.items():
+        path = write(tmp_path / str(length), {MODULE: linear()}, quantization())
+        weight_map = {"weight_map": {"a": "x" * length}}
+        write_json(path / "model.safetensors.index.json", weight_map)
+        with pytest.raises(ValueError, match=rf"^open_checkpoint: .*{message}"):
+            open_checkpoint(path)
