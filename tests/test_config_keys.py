@@ -160,3 +160,13 @@ def test_index_with_a_file_name_that_no_system_has(tmp_path):
         write_json(path / "model.safetensors.index.json", weight_map)
         with pytest.raises(ValueError, match=rf"^open_checkpoint: .*{message}"):
             open_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [[], {"names": ["a"]}, "bf" + "9" * 5000, "f4,f4", 4])
+def test_dtype_that_is_no_name(tmp_path, dtype):
+    for file in bundled_checkpoint().iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_json(tmp_path / "config.json", CONFIG | {"dtype": dtype})
+    with pytest.raises(ValueError, match=r"^models\.load: config\.json's dtype is .*, expected"):
+        models.load(tmp_path)
+    assert models.load(tmp_path, "float16").dtype == "float16"

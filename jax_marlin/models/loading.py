@@ -112,7 +112,8 @@ def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> Causa
 def _compute_dtype(config: Mapping[str, Any], dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
     name = dtype if dtype is not None else config.get("dtype", config.get("torch_dtype"))
     resolved = None
-    if dtype is not None or isinstance(name, str):  # NumPy builds a dtype of lists and objects too
+    # NumPy would read a file's text as a dtype of many fields, an object as one with names.
+    if dtype is not None or name in ("float16", "bfloat16", "float32"):
         with contextlib.suppress(TypeError):
             resolved = jnp.dtype(name)
     if resolved in (jnp.float16, jnp.bfloat16, jnp.float32) and resolved is not None:
