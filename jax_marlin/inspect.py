@@ -130,9 +130,9 @@ def _experts(infos: Iterable[ModuleInfo]) -> str:
     for info in infos:
         match = _EXPERT.match(info.name)
         if match:
-            experts[match["layer"]].add(int(match["expert"]))
+            experts[match["layer"]].add(match["expert"])
         elif len(info.shape) == 3:  # all experts in one module
-            experts[info.name.rpartition(".experts.")[0]].update(range(info.shape[0]))
+            experts[info.name.rpartition(".experts.")[0]].update(map(str, range(info.shape[0])))
     counts = sorted({len(found) for found in experts.values()})
     if not counts:
         return "none"

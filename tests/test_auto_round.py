@@ -105,7 +105,7 @@ def test_extra_config_exact_names_before_regexes(tmp_path):
         ({"desc_order": 1}, ValueError, "unknown key 'desc_order'"),
         ({"extra_config": ["a"]}, ValueError, r"extra_config is \['a'\], expected name"),
         ({"extra_config": {"a": 4}}, ValueError, "extra_config 'a': overrides are 4, expected"),
-        ({"extra_config": {"a(": {}}}, ValueError, r"extra_config 'a\(': not a regular expr"),
+        ({"extra_config": {"a(": {}}}, ValueError, r"extra_config 'a\(' is not a regular expr"),
         ({"extra_config": {"a": {"bits": 3}}}, NotImplementedError, "extra_config 'a': bits is 3"),
         ({"extra_config": {"a": {"z": 3}}}, ValueError, "extra_config 'a': unknown key 'z'"),
     ],

@@ -40,6 +40,17 @@ def test_module_whose_tensors_do_not_fit(tmp_path, changes, message):
         open_with(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("shape", [(1,), (95,), (96, 1), ()])
+def test_bias_that_does_not_fit_a_dense_weight(tmp_path, shape):
+    weight = np.ones((96, 64), np.float16)
+    good = {"a": {"weight": weight, "bias": np.ones(96, np.float16)}}
+    bias = open_checkpoint(write(tmp_path / "good", good)).bias("a")
+    assert bias is not None and bias.shape == (96,)
+    bad = {"a": {"weight": weight, "bias": np.ones(shape, np.float16)}}
+    with pytest.raises(ValueError, match=r"^open_checkpoint: module a: bias has shape .*\(96,\)"):
+        open_checkpoint(write(tmp_path / "bad", bad))
+
+
 def test_config_of_another_export(tmp_path):
     with pytest.raises(
         ValueError, match="are bits and group_size of the quantization config right"

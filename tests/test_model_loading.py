@@ -61,7 +61,7 @@ def test_which_layers_are_sparse():
         ({"hidden_act": "relu2"}, NotImplementedError, "hidden_act 'relu2'"),
         ({"rope_theta": 5.0}, ValueError, "rope_theta 5.0"),
         ({"num_experts": 4}, ValueError, "num_local_experts"),
-        ({"num_local_experts": [8]}, ValueError, r"num_local_experts': \[8\]"),
+        ({"num_local_experts": [8]}, ValueError, r"num_local_experts \[8\]"),
         ({"decoder_sparse_step": 0}, ValueError, "decoder_sparse_step 0"),
         ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok 9"),
         ({"num_key_value_heads": 3}, ValueError, "num_key_value_heads 3"),

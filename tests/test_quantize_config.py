@@ -34,7 +34,7 @@ def whole(tmp_path):
         ({"smoothing": 0.5}, ValueError, r"unknown key 'smoothing' \(value 0.5\).*remove it if"),
         ({"dynamic": []}, ValueError, None),
         ({"dynamic": ["x"]}, ValueError, r"dynamic is \['x'\], expected pattern -> overrides"),
-        ({"dynamic": {"+:(": {}}}, ValueError, r"dynamic rule '\+:\(': not a regular expression"),
+        ({"dynamic": {"+:(": {}}}, ValueError, r"dynamic rule '\+:\(' is not a regular expression"),
         (
             {"dynamic": {"a": 8}},
             ValueError,

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from jax_marlin.checkpoints.config_keys import warn_activations
+from jax_marlin.checkpoints.config_keys import check_regex, warn_activations
 from jax_marlin.checkpoints.float_schemes import FLOAT_FORMATS, float_scheme
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization, QuantizeConfig, override
 
@@ -194,12 +194,7 @@ def _strings(value: object, where: str) -> list[str]:
 
 def _check_regex(pattern: str, where: str) -> None:
     if pattern.startswith("re:"):
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(
-                f"{where}: {pattern!r} is not a regular expression: {error}; correct it"
-            ) from error
+        check_regex(pattern.removeprefix("re:"), f"{where}: {pattern!r}")
 
 
 def _is_linear_class(target: str) -> bool:

@@ -92,7 +92,10 @@ def find_modules(
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which layer 2 comes before layer 10."""
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in name.split(".")]
+    return [
+        (0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part)  # no index is longer
+        for part in name.split(".")
+    ]
 
 
 def _module(
@@ -124,6 +127,12 @@ def _module(
         raise ValueError(f"{where} has {' and '.join(orphans)} but no {codes}; is a shard missing?")
     if weight is None or weight.dtype not in FLOATS or len(weight.shape) > 2:
         return ModuleInfo(name, "other", (), parts)
+    bias = parts.get("bias")
+    if bias is not None and len(weight.shape) == 2 and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{where}: bias has shape {bias.shape}, expected {weight.shape[:1]} beside a weight "
+            f"[N, K] of shape {weight.shape}; the checkpoint is damaged, export it again"
+        )
     # A linear is stored [N, K], and everything here speaks of [K, N].
     return ModuleInfo(name, "dense", weight.shape[::-1], parts)
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from jax_marlin.checkpoints.config_keys import ACTED_ON, PER_MODULE, REMEDY, check_keys
+from jax_marlin.checkpoints.config_keys import ACTED_ON, PER_MODULE, REMEDY, check_keys, check_regex
 
 _FORMATS = ("gptq", "gptq_v2")
 
@@ -103,10 +103,7 @@ def read_dynamic(
 
 def check_rule(base: ModuleQuantization, pattern: str, overrides: object, where: str) -> None:
     """Raises unless `pattern` is a regular expression and `overrides` holds valid keys."""
-    try:
-        re.compile(pattern.removeprefix("-:").removeprefix("+:"))
-    except re.error as error:
-        raise ValueError(f"{where}: not a regular expression: {error}; correct it") from error
+    check_regex(pattern.removeprefix("-:").removeprefix("+:"), where)
     if not isinstance(overrides, Mapping):
         raise ValueError(f"{where}: overrides are {overrides!r}, expected an object")
     if not pattern.startswith("-:"):

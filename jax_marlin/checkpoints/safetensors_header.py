@@ -27,6 +27,9 @@ _BITS = {
 FLOATS = ("F16", "BF16", "F32", "F64")
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+_MAX_AXES = 32  # that every NumPy holds
+_MAX_ELEMENTS = 2**56  # NumPy counts their bytes in int64, also of shapes with an empty axis
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
@@ -108,6 +111,11 @@ def _tensor_info(name: str, entry: object, path: pathlib.Path) -> TensorInfo:
         # bool is an int to Python, and `true` is no size
         if not isinstance(value, list) or not all(type(x) is int and x >= 0 for x in value):
             raise ValueError(f"{where}: {key} is {value!r}, expected a list of integers >= 0")
+    if len(shape) > _MAX_AXES or math.prod(max(x, 1) for x in shape) > _MAX_ELEMENTS:
+        raise ValueError(
+            f"{where}: shape is {shape}, expected at most {_MAX_AXES} axes and {_MAX_ELEMENTS} "
+            f"elements, empty axes not counted; the header is damaged, download the file again"
+        )
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(
             f"{where}: data_offsets is {offsets}, expected [start, stop] with start <= stop"

@@ -16,6 +16,7 @@ from jax_marlin.checkpoints.safetensors_header import TensorInfo, read_bytes, re
 # What safetensors finds no NumPy dtype for
 _SMALL_FLOATS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_MAX_NAME_BYTES = 255  # of a file system
 
 
 class Shards:
@@ -109,10 +110,11 @@ def _read_weight_map(index: pathlib.Path) -> dict[str, str]:
             not isinstance(file_name, str)
             or pathlib.PurePath(file_name).name != file_name
             or "\\" in file_name
+            or len(file_name.encode(errors="replace")) > _MAX_NAME_BYTES
         ):
             raise ValueError(
                 f"open_checkpoint: {index}: file of tensor {name} is {file_name!r}, expected a "
-                f"plain file name"
+                f"plain file name of at most {_MAX_NAME_BYTES} bytes"
             )
     return weight_map
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jax_marlin.models.config_keys import flag, indices, layers, names, number, section, size
 from jax_marlin.models.llama3_rope import Llama3Rope
 from jax_marlin.models.rope import Rope
 from jax_marlin.models.yarn_rope import YarnRope
@@ -82,11 +83,11 @@ def decoder_fields(
         "hidden_size": size(config, "hidden_size"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": config.get("head_dim") or size(config, "hidden_size") // heads,
+        "head_dim": size(config, "head_dim", size(config, "hidden_size") // heads),
         "hidden_act": _activation(config),
-        "rms_norm_eps": float(config.get("rms_norm_eps", rms_norm_eps)),
+        "rms_norm_eps": number(config, "rms_norm_eps", rms_norm_eps),
         "rope": _rope(config, rope_theta),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": flag(config, "tie_word_embeddings", False),
         "max_position_embeddings": size(config, "max_position_embeddings"),
     }
 
@@ -110,7 +111,7 @@ def dense_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": size(config, "intermediate_size"),
         "moe_intermediate_size": 0,
         "norm_topk_prob": False,
-        "sparse_layers": (False,) * size(config, "num_hidden_layers"),
+        "sparse_layers": (False,) * layers(config, "num_hidden_layers"),
     }
 
 
@@ -118,35 +119,27 @@ def qwen_moe_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields about MLPs as the Qwen families name them: layers may be sparse or dense."""
     check_full_attention(config)
     # Every layer's MLP is sparse except those listed or skipped by the step.
-    dense = set(config.get("mlp_only_layers") or ())
-    step = size({"decoder_sparse_step": 1, **config}, "decoder_sparse_step")
-    layers, experts = range(size(config, "num_hidden_layers")), num_experts(config)
-    sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in layers)
+    dense = set(indices(config, "mlp_only_layers"))
+    step, experts = size(config, "decoder_sparse_step", 1), num_experts(config)
+    sparse = tuple(
+        experts > 0 and i not in dense and (i + 1) % step == 0
+        for i in range(layers(config, "num_hidden_layers"))
+    )
     counts = {"num_experts": experts, "num_experts_per_tok": 0}
     return {
         **(expert_counts(config) if any(sparse) else counts),
         "intermediate_size": 0 if all(sparse) else size(config, "intermediate_size"),
         "moe_intermediate_size": size(config, "moe_intermediate_size") if any(sparse) else 0,
-        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+        "norm_topk_prob": flag(config, "norm_topk_prob", False),
         "sparse_layers": sparse,
     }
-
-
-def size(config: Mapping[str, Any], key: str) -> int:
-    """A key that must be a positive integer."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"models.load: config.json has {key} {value!r}, expected a positive integer"
-        )
-    return value
 
 
 def num_experts(config: Mapping[str, Any]) -> int:
     """A key that transformers renamed; both names may stand there if they agree."""
     keys = ("num_experts", "num_local_experts", "n_routed_experts")
-    values = [config[key] for key in keys if config.get(key) is not None]
-    if not values or any(v != values[0] for v in values) or type(values[0]) is not int:
+    values = [size(config, key, least=0) for key in keys if config.get(key) is not None]
+    if len(set(values)) != 1:
         got = {key: config.get(key) for key in keys}
         raise ValueError(f"models.load: config.json has {got}, expected one number under any name")
     return values[0]
@@ -154,8 +147,9 @@ def num_experts(config: Mapping[str, Any]) -> int:
 
 def check_full_attention(config: Mapping[str, Any]) -> None:
     """A sliding window that is written down but switched off is normal; one in use is refused."""
-    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
-    other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    used = flag(config, "use_sliding_window", False)
+    windowed = used and config.get("sliding_window") is not None
+    other = sorted(set(names(config, "layer_types") or ()) - {"full_attention"})
     if windowed or other:
         raise NotImplementedError(
             f"models.load: config.json asks for {other or 'a sliding window'} attention, expected "
@@ -165,7 +159,7 @@ def check_full_attention(config: Mapping[str, Any]) -> None:
 
 def _activation(config: Mapping[str, Any]) -> str:
     name = config.get("hidden_act", "silu")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise NotImplementedError(
             f"models.load: config.json has hidden_act {name!r}, expected one of "
             f"{sorted(_ACTIVATIONS)}"
@@ -175,7 +169,7 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 def _rope(config: Mapping[str, Any], default_theta: float) -> Rope:
     """The rope, from `rope_parameters`, or the older `rope_scaling` and `rope_theta`."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = {**section(config, "rope_scaling"), **section(config, "rope_parameters")}
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
@@ -191,11 +185,14 @@ def _rope(config: Mapping[str, Any], default_theta: float) -> Rope:
             f"models.load: config.json has rope parameters {rope}, expected for rope_type {kind!r} "
             f"only the keys {sorted(known)}"
         )
-    old, new = config.get("rope_theta"), rope.get("rope_theta")
+    old, new = (
+        None if keys.get("rope_theta") is None else number(keys, "rope_theta")
+        for keys in (config, rope)
+    )
     if old is not None and new is not None and old != new:
         raise ValueError(
             f"models.load: config.json has rope_theta {old} and rope_parameters.rope_theta {new}, "
             "expected the same number"
         )
-    theta = float(next((theta for theta in (new, old) if theta is not None), default_theta))
+    theta = next((theta for theta in (new, old) if theta is not None), default_theta)
     return _ROPES[kind].parse(rope, theta, size(config, "max_position_embeddings"))

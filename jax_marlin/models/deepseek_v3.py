@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts, size
+from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts
+from jax_marlin.models.config_keys import flag, layers, number, size
 from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
 from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
@@ -123,13 +124,13 @@ def _read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
                 f"models.load: config.json has {key} {config[key]!r}, expected {only!r}; no other "
                 "is implemented"
             )
-    layers = size(config, "num_hidden_layers")
-    dense, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
-    nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
-    further, inner = (
-        config.get("num_nextn_predict_layers") or 0,
-        size(config, "moe_intermediate_size"),
+    depth, further = (
+        layers(config, "num_hidden_layers"),
+        layers(config, "num_nextn_predict_layers", 0, least=0),
     )
+    dense = size(config, "first_k_dense_replace", 0, least=0)
+    step, inner = size(config, "moe_layer_freq", 1), size(config, "moe_intermediate_size")
+    nope, rope = size(config, "qk_nope_head_dim"), size(config, "qk_rope_head_dim")
     fields = decoder_fields(config)
     fields |= {"head_dim": nope + rope, "num_key_value_heads": fields["num_attention_heads"]}
     return DeepseekV3Config(
@@ -137,20 +138,20 @@ def _read_config(config: Mapping[str, Any]) -> DeepseekV3Config:
         **expert_counts(config),
         intermediate_size=size(config, "intermediate_size"),
         moe_intermediate_size=inner,
-        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-        qkv_bias=bool(config.get("attention_bias", False)),
-        o_bias=bool(config.get("attention_bias", False)),
-        sparse_layers=tuple(i >= dense and i % step == 0 for i in range(layers)),
+        norm_topk_prob=flag(config, "norm_topk_prob", True),
+        qkv_bias=flag(config, "attention_bias", False),
+        o_bias=flag(config, "attention_bias", False),
+        sparse_layers=tuple(i >= dense and i % step == 0 for i in range(depth)),
         q_lora_rank=None if config.get("q_lora_rank") is None else size(config, "q_lora_rank"),
         kv_lora_rank=size(config, "kv_lora_rank"),
         qk_rope_head_dim=rope,
         v_head_dim=size(config, "v_head_dim"),
-        rope_interleave=bool(config.get("rope_interleave", True)),
-        n_group=1 if config.get("n_group") is None else size(config, "n_group"),
-        topk_group=1 if config.get("topk_group") is None else size(config, "topk_group"),
-        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
-        shared_width=(config.get("n_shared_experts") or 0) * inner,
-        skipped_layers=tuple(range(layers, layers + further)),
+        rope_interleave=flag(config, "rope_interleave", True),
+        n_group=size(config, "n_group", 1),
+        topk_group=size(config, "topk_group", 1),
+        routed_scaling_factor=number(config, "routed_scaling_factor", 1.0),
+        shared_width=size(config, "n_shared_experts", 0, least=0) * inner,
+        skipped_layers=tuple(range(depth, depth + further)),
     )
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts, size
+from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts
+from jax_marlin.models.config_keys import flag, layers, names, size
 from jax_marlin.models.decoder_layer import Attention, DecoderLayer, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_plain_attention
 from jax_marlin.models.layers import attend
@@ -49,14 +49,14 @@ def _read_config(config: Mapping[str, Any]) -> GptOssConfig:
         raise NotImplementedError(
             f"models.load: config.json has hidden_act {config['hidden_act']!r}, expected 'silu'"
         )
-    layers, bias = size(config, "num_hidden_layers"), bool(config.get("attention_bias", True))
-    kinds = config.get("layer_types") or [_LAYER_TYPES[i % 2] for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= set(_LAYER_TYPES):
+    depth, bias = layers(config, "num_hidden_layers"), flag(config, "attention_bias", True)
+    kinds = names(config, "layer_types") or [_LAYER_TYPES[i % 2] for i in range(depth)]
+    if len(kinds) != depth or not set(kinds) <= set(_LAYER_TYPES):
         raise ValueError(
-            f"models.load: config.json has layer_types {kinds}, expected {layers} of "
+            f"models.load: config.json has layer_types {kinds}, expected {depth} of "
             f"{' or '.join(_LAYER_TYPES)}"
         )
-    window = size({"sliding_window": 128, **config}, "sliding_window")
+    window = size(config, "sliding_window", 128)
     return GptOssConfig(
         **(fields | {"hidden_act": "swiglu_clamped"}),
         **expert_counts(config),
@@ -65,7 +65,7 @@ def _read_config(config: Mapping[str, Any]) -> GptOssConfig:
         norm_topk_prob=True,  # a softmax over the chosen logits
         qkv_bias=bias,
         o_bias=bias,
-        sparse_layers=(True,) * layers,
+        sparse_layers=(True,) * depth,
         windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
     )
 
@@ -80,12 +80,10 @@ def _read_layer(reader: ModuleReader, c: GptOssConfig, i: int) -> DecoderLayer:
     def read_mlp(prefix: str) -> SparseMlp:
         prefix, experts = f"{prefix}.mlp", c.num_experts
         outer, inner = c.hidden_size, c.moe_intermediate_size
-        # Stored with gate's and up's columns in turn.
-        order = np.concatenate([np.arange(0, 2 * inner, 2), np.arange(1, 2 * inner, 2)])
         return SparseMlp(
             gate=reader.linear(f"{prefix}.router", (outer, experts), needs_bias=True),
             gate_up=reader.fused_experts(
-                f"{prefix}.experts.gate_up_proj", (experts, outer, 2 * inner), order
+                f"{prefix}.experts.gate_up_proj", (experts, outer, 2 * inner), in_turn=True
             ),
             down=reader.fused_experts(f"{prefix}.experts.down_proj", (experts, inner, outer)),
             config=c,

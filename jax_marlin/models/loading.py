@@ -1,5 +1,6 @@
 """Finds the family of a checkpoint, builds its model, and accounts for every tensor in it."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from jax_marlin.models import (
 )
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.config import DecoderConfig
+from jax_marlin.models.config_keys import names
 from jax_marlin.models.family import Family
 from jax_marlin.models.module_reader import ModuleReader
 
@@ -77,13 +79,13 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
     """The family that config.json names, and what that family keeps of it."""
-    model_type, names = config.get("model_type"), config.get("architectures")
+    model_type, architectures = config.get("model_type"), names(config, "architectures")
     family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None or (names is not None and family.architecture not in names):
+    if family is None or (architectures is not None and family.architecture not in architectures):
         known = ", ".join(f"{f.model_type!r} with {f.architecture}" for f in _FAMILIES.values())
         raise NotImplementedError(
-            f"models.load: config.json has model_type {model_type!r} and architectures {names}, "
-            f"expected one of: {known}; no other model is implemented"
+            f"models.load: config.json has model_type {model_type!r} and architectures "
+            f"{architectures}, expected one of: {known}; no other model is implemented"
         )
     return family, family.read_config(config)
 
@@ -109,10 +111,11 @@ def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> Causa
 
 def _compute_dtype(config: Mapping[str, Any], dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
     name = dtype if dtype is not None else config.get("dtype", config.get("torch_dtype"))
-    try:
-        resolved = jnp.dtype(name)
-    except TypeError:
-        resolved = None
+    resolved = None
+    # NumPy would read a file's text as a dtype of many fields, an object as one with names.
+    if dtype is not None or name in ("float16", "bfloat16", "float32"):
+        with contextlib.suppress(TypeError):
+            resolved = jnp.dtype(name)
     if resolved in (jnp.float16, jnp.bfloat16, jnp.float32) and resolved is not None:
         return resolved
     origin = "the argument dtype is" if dtype is not None else "config.json's dtype is"

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts, size
+from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts
+from jax_marlin.models.config_keys import layers, size
 from jax_marlin.models.decoder_layer import DecoderLayer, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_sparse_mlp
 from jax_marlin.models.module_reader import ModuleReader
@@ -31,7 +32,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
         norm_topk_prob=True,
         qkv_bias=False,
         o_bias=False,
-        sparse_layers=(True,) * size(config, "num_hidden_layers"),
+        sparse_layers=(True,) * layers(config, "num_hidden_layers"),
     )
 
 

@@ -55,11 +55,11 @@ class ModuleReader:
         return array
 
     def fused_experts(
-        self, module: str, shape: tuple[int, int, int], columns: np.ndarray | None = None
+        self, module: str, shape: tuple[int, int, int], *, in_turn: bool = False
     ) -> DenseExpertStack:
         """The stack [E, K, N] of a module that holds all experts, with their biases.
 
-        `columns` is the order in which the stored columns are wanted.
+        `in_turn`: the stored columns are gate's and up's in turn, and all of gate come first here.
         """
         info = self._checkpoint.modules.get(module)
         if info is None:
@@ -68,6 +68,7 @@ class ModuleReader:
                 f"_scales (MXFP4), the one form in which this model's experts load"
             )
         self._check_shape(module, info.shape, shape)
+        columns = np.arange(shape[2]).reshape(-1, 2).T.ravel() if in_turn else None
         stack = self._checkpoint.load_fused_stack(module, self._dtype, columns=columns)
         self._modules_read.add(module)
         if stack.bias is None:
@@ -90,6 +91,11 @@ class ModuleReader:
             shape: (E, H, I), the experts and an expert's outer and inner width.
         """
         num_experts, outer, inner = shape
+        if num_experts > len(self._checkpoint.modules):
+            raise ValueError(
+                f"models.load: config.json has {num_experts} experts, expected no more than there "
+                f"are modules in the checkpoint, {len(self._checkpoint.modules)}"
+            )
         pairs = [tuple(f"{prefix}.{e}.{name}" for name in names[:2]) for e in range(num_experts)]
         downs = [f"{prefix}.{e}.{names[2]}" for e in range(num_experts)]
         if self._checkpoint.can_fuse(pairs):

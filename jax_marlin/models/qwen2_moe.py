@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_marlin.models.config import DecoderConfig, decoder_fields, qwen_moe_fields, size
+from jax_marlin.models.config import DecoderConfig, decoder_fields, qwen_moe_fields
+from jax_marlin.models.config_keys import flag, size
 from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
 from jax_marlin.models.layers import Linear, linear_float32
@@ -41,7 +42,7 @@ def _read_config(config: Mapping[str, Any]) -> Qwen2MoeConfig:
     sparse = any(fields["sparse_layers"])
     return Qwen2MoeConfig(
         **fields,
-        qkv_bias=bool(config.get("qkv_bias", True)),  # a key younger than the first checkpoints
+        qkv_bias=flag(config, "qkv_bias", True),  # a key younger than the first checkpoints
         o_bias=False,
         shared_expert_intermediate_size=(
             size(config, "shared_expert_intermediate_size") if sparse else 0

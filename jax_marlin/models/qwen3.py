@@ -9,6 +9,7 @@ from jax_marlin.models.config import (
     decoder_fields,
     dense_fields,
 )
+from jax_marlin.models.config_keys import flag
 from jax_marlin.models.decoder_layer import DecoderLayer
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp
 from jax_marlin.models.module_reader import ModuleReader
@@ -16,7 +17,7 @@ from jax_marlin.models.module_reader import ModuleReader
 
 def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
     check_full_attention(config)
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias", False)
     fields = decoder_fields(config) | dense_fields(config)
     return DecoderConfig(**fields, qkv_bias=bias, o_bias=bias)
 

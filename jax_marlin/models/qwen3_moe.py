@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_marlin.models.config import DecoderConfig, decoder_fields, qwen_moe_fields
+from jax_marlin.models.config_keys import flag
 from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
 from jax_marlin.models.module_reader import ModuleReader
 
 
 def _read_config(config: Mapping[str, Any]) -> DecoderConfig:
-    bias = bool(config.get("attention_bias", False))
+    bias = flag(config, "attention_bias", False)
     fields = decoder_fields(config) | qwen_moe_fields(config)
     return DecoderConfig(**fields, qkv_bias=bias, o_bias=bias)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin.models.config_keys import number
 from jax_marlin.models.layers import rotate
 
 
@@ -60,10 +61,4 @@ class Rope:
 
 def positive_number(rope: Mapping[str, Any], key: str, kind: str) -> float:
     """A key of a rope dictionary of that type that must be a positive number."""
-    value = rope.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(
-            f"models.load: config.json has {key} {value!r} for its rope of type {kind!r}, expected "
-            "a positive number"
-        )
-    return float(value)
+    return number(rope, key, of=f" for its rope of type {kind!r}")

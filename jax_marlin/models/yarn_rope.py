@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from jax_marlin.models.config_keys import flag
 from jax_marlin.models.rope import Rope, positive_number
 
 _REQUIRED = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
@@ -51,7 +52,12 @@ class YarnRope(Rope):
         required = (positive_number(given, key, "yarn") for key in _REQUIRED)
         # 0 stands for an absent key.
         optional = (positive_number(rope, k, "yarn") if rope.get(k) else None for k in _OPTIONAL)
-        values: list[Any] = [*required, bool(rope.get("truncate", True)), *optional]
+        if not theta > 1:  # its logarithm is divided by
+            raise ValueError(
+                f"models.load: config.json has rope_theta {theta} for its rope of type 'yarn', "
+                "expected more than 1"
+            )
+        values: list[Any] = [*required, flag(rope, "truncate", True), *optional]
         return cls(theta, *values)
 
     def frequencies(self, dim: int) -> np.ndarray:
