@@ -14,7 +14,7 @@ struct KernelConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kFragsN = tile.frags_n;
   static constexpr int kFragments = tile.fragments;
   static constexpr int kColumns = tile.columns();
-  static constexpr int kThreads = 32 * tile.warps;
+  static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpsN = tile.warps_n();
   static constexpr int kWarpsK = tile.warps_k();
   static constexpr int kDepth = tile.depth;
@@ -33,7 +33,7 @@ struct KernelConfig : WeightFormat<Element_, bits, zero_points> {
   static_assert(tile.tile_m % 8 == 0, "tokens are the 8-wide side of m16n8k16");
   static_assert(tile.depth % tile.chunk == 0, "the weight ring turns in whole x stages");
   static_assert(tile.fragments % tile.frags_n == 0, "warps must tile the block's columns");
-  static_assert(tile.warps % tile.warps_n() == 0, "what warps N leaves split K");
+  static_assert(kWarps % tile.warps_n() == 0, "what warps N leaves split K");
 };
 
 }  // namespace jax_marlin

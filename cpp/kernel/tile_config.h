@@ -5,6 +5,7 @@ namespace jax_marlin {
 
 constexpr int kTile = 64;       // the packed layout's tile: 64 columns (N) by 64 of K
 constexpr int kFragment = 16;   // columns of one tensor-core operand: a quarter of a packed tile
+constexpr int kWarps = 8;       // of a thread block
 constexpr int kHalf = 32;       // scales may change every 32 of K
 
 // tile_m rows by 16 * fragments columns. A warp owns frags_n fragments; what warps remain split K.
@@ -16,14 +17,13 @@ struct TileConfig {
   int chunk;       // packed K tiles of one x stage
   int stages;      // x and scale stages in shared memory
   int min_blocks;  // blocks of one SM that the register budget must allow
-  int warps = 8;   // that multiply
 
   // 8-bit words need twice the registers of the ring, so fewer blocks fit.
   constexpr int blocks_per_sm(int bits) const {
     return bits == 4 ? min_blocks : (min_blocks + 1) / 2;
   }
   constexpr int warps_n() const { return fragments / frags_n; }
-  constexpr int warps_k() const { return warps / warps_n(); }
+  constexpr int warps_k() const { return kWarps / warps_n(); }
   constexpr int columns() const { return kFragment * fragments; }
   constexpr int elements() const { return tile_m * columns(); }
 };

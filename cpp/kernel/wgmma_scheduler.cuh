@@ -10,12 +10,6 @@ namespace jax_marlin {
 // this many row blocks, all columns of one band first.
 constexpr int kBandRows = 8;
 
-// Columns of out that a block makes: of a gated product half of what it multiplies.
-template <class Config>
-__device__ __forceinline__ int out_columns(const GemmParams& p) {
-  return p.activation == Activation::kNone ? Config::kColumns : Config::kColumns / 2;
-}
-
 template <class Config>
 class WorkOrder {
  public:

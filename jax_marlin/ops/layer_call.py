@@ -21,11 +21,9 @@ from jax_marlin.ops.moe_align_block_size import (
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
-    map_sequentially,
     or_empty,
     register_lowerings,
     result_aval,
-    set_batching,
 )
 from jax_marlin.weights import MarlinExpertStack
 
@@ -151,12 +149,8 @@ def _custom_call(
     )[0]
 
 
-def _batching(operands, dims, **params):
-    return map_sequentially(_primitive, operands, dims, params)
-
-
+# No batching rule: `moe_ffn`'s custom_vmap stands outside and folds a batch into tokens.
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
 _primitive.def_abstract_eval(_shape_rule)
 register_lowerings(_primitive, _default, _custom_call, _has_kernel)
-set_batching(_primitive, _batching)
