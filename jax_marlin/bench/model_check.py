@@ -1,0 +1,79 @@
+"""Checks a model's logits before they are timed: against plain float32, and against themselves."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_marlin.bench.check import WrongResultError
+from jax_marlin.models.causal_lm import CausalLM
+
+_PROMPT, _STEPS, _BATCH = 12, 3, 2
+_LAYERS = 2  # of the model that plain JAX runs on the CPU
+# Root mean square of a deviation over that of the logits. Unrelated logits deviate by 1.4; through
+# many layers rounding also sends tokens to other experts, where two are nearly as good.
+_LIMITS = {"float32": (1e-3, 1e-3), "float16": (0.05, 0.25), "bfloat16": (0.1, 0.35)}
+
+
+def check_model(model: CausalLM) -> dict[str, float]:
+    """Compares logits of the last position computed in different ways.
+
+    Args:
+        model: of any family, at least two layers deep.
+
+    Returns:
+        `deviation_reference`: the first layers, read in one call and decoded token by token,
+        against the same ones in float32 in plain JAX on the CPU; `deviation_decode`: the whole
+        model decoded against the whole prompt read in one call.
+
+    Raises:
+        WrongResultError: logits are not finite or deviate by more than the dtype explains.
+    """
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (_BATCH, _PROMPT + _STEPS))
+    ids = jnp.asarray(ids, jnp.int32)
+    near, far = _LIMITS[model.dtype.name]
+    shallow = dataclasses.replace(model, layers=model.layers[:_LAYERS])
+    expected = _reference(shallow, ids)
+    reference = max(_deviation(run(shallow, ids), expected) for run in (_read, _decoded))
+    decode = _deviation(_decoded(model, ids), np.asarray(_read(model, ids)))
+    for what, deviation, limit in (
+        (f"the first {_LAYERS} layers deviate from float32", reference, near),
+        ("decoded logits deviate from those of the whole prompt", decode, far),
+    ):
+        if not deviation <= limit:
+            raise WrongResultError(f"model: {what} by {deviation:.2g}, expected at most {limit}")
+    return {"deviation_reference": reference, "deviation_decode": decode}
+
+
+@jax.jit
+def _read(model: CausalLM, ids: jax.Array) -> jax.Array:
+    return model.extend(ids, model.empty_cache(*ids.shape))[0]
+
+
+@jax.jit
+def _decoded(model: CausalLM, ids: jax.Array) -> jax.Array:
+    """The same logits from a prompt and single tokens after it."""
+    logits, cache = model.extend(ids[:, :_PROMPT], model.empty_cache(*ids.shape))
+    for i in range(_PROMPT, ids.shape[1]):
+        logits, cache = model.extend(ids[:, i : i + 1], cache)
+    return logits
+
+
+def _reference(model: CausalLM, ids: Any) -> np.ndarray:
+    """Logits in float32; weights are the same, since packed ones and 16-bit ones fit in it."""
+    cpu = jax.devices("cpu")[0]
+    wide = jax.tree.map(
+        lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a,
+        jax.device_put(model, cpu),
+    )
+    return np.asarray(_read(wide, jax.device_put(ids, cpu)))
+
+
+def _deviation(got: jax.Array, expected: np.ndarray) -> float:
+    """Root mean square of the difference over that of the expected logits."""
+    got = np.asarray(got)
+    if not np.isfinite(got).all():
+        raise WrongResultError("model: logits are not finite")
+    return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
