@@ -11,6 +11,7 @@ import pytest
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
 from jax_marlin.models import layers
+from jax_marlin.models.attention import attend
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.loading import read_config
 from jax_marlin.models.rope import Rope
@@ -57,16 +58,16 @@ def test_grouped_query_attention_is_causal_and_ignores_what_lies_past():
     rng = np.random.default_rng(3)
     batch, seq, capacity, heads, kv_heads, head_dim, start = 2, 3, 9, 6, 2, 8, 4
     q = rng.normal(size=(batch, seq, heads, head_dim))
-    k, v = rng.normal(size=(2, batch, capacity, kv_heads, head_dim))
+    k, v = rng.normal(size=(2, batch, kv_heads, capacity, head_dim))
     expected = np.zeros((batch, seq, heads, head_dim))
     for b, t, h in np.ndindex(batch, seq, heads):
         group, seen = h // (heads // kv_heads), start + t + 1
-        scores = k[b, :seen, group] @ q[b, t, h] / np.sqrt(head_dim)
+        scores = k[b, group, :seen] @ q[b, t, h] / np.sqrt(head_dim)
         weights = np.exp(scores - scores.max())
-        expected[b, t, h] = weights / weights.sum() @ v[b, :seen, group]
-    k[:, start + seq :] = 1e30  # never written positions of a cache
+        expected[b, t, h] = weights / weights.sum() @ v[b, group, :seen]
+    k[:, :, start + seq :] = 1e30  # never written positions of a cache
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
-    got = layers.attend(q, k, v, start + jnp.arange(seq, dtype=jnp.int32))
+    got = attend(q, k, v, jnp.int32(start))
     np.testing.assert_allclose(got, expected.reshape(batch, seq, -1), atol=2e-6)
 
 
@@ -76,8 +77,8 @@ def test_dense_mlp(name):
     gate, up, down = (rng.normal(size=s) / 4 for s in [(24, 40), (24, 40), (40, 24)])
     x = rng.normal(size=(2, 3, 24))
     _, config = read_config(CONFIG | {"hidden_act": name})
-    linears = [layers.DenseLinear(jnp.asarray(w, jnp.float32)) for w in (gate, up, down)]
-    mlp = DenseMlp(linears[0], linears[1], linears[2], config)
+    linears = [layers.DenseLinear(jnp.asarray(w.T, jnp.float32)) for w in (gate, up, down)]
+    mlp = DenseMlp((linears[0], linears[1]), linears[2], config)
     got = mlp(jnp.asarray(x, jnp.float32))
     g = x @ gate
     erf = np.vectorize(math.erf)
@@ -90,7 +91,7 @@ def test_dense_mlp(name):
 
 
 def test_dense_linear_adds_its_bias():
-    w = layers.DenseLinear(jnp.ones((4, 6), jnp.bfloat16), jnp.arange(6, dtype=jnp.bfloat16))
+    w = layers.DenseLinear(jnp.ones((6, 4), jnp.bfloat16), jnp.arange(6, dtype=jnp.bfloat16))
     got = w(jnp.ones((2, 3, 4), jnp.bfloat16))
     assert got.dtype == jnp.bfloat16 and got[1, 2].tolist() == [4, 5, 6, 7, 8, 9]
 

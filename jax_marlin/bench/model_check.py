@@ -71,9 +71,9 @@ def _reference(model: CausalLM, ids: Any) -> np.ndarray:
     return np.asarray(_read(wide, jax.device_put(ids, cpu)))
 
 
-def _deviation(got: jax.Array, expected: np.ndarray) -> float:
+def _deviation(logits: jax.Array, expected: np.ndarray) -> float:
     """Root mean square of the difference over that of the expected logits."""
-    got = np.asarray(got)
+    got = np.asarray(logits)
     if not np.isfinite(got).all():
         raise WrongResultError("model: logits are not finite")
     return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))

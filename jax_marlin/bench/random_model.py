@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jax_marlin.bench.problems import Quantization, random_key, random_stack
 from jax_marlin.models.causal_lm import CausalLM
-from jax_marlin.models.layers import DenseLinear, Linear
+from jax_marlin.models.layers import DenseLinear, Linear, SideBySide
 from jax_marlin.models.loading import read_config, read_model
 from jax_marlin.models.module_reader import ModuleReader
 from jax_marlin.quant_spec import QuantSpec
@@ -78,15 +79,22 @@ class _RandomModules(ModuleReader):
         dtype = self._quantization.dtype
         bias = jax.random.normal(self._key(), shape[1:], dtype) if needs_bias else None
         if module.split(".")[-1] in self._unquantized:
-            weight = jax.random.normal(self._key(), shape, dtype) / math.sqrt(shape[0])
+            weight = jax.random.normal(self._key(), shape[::-1], dtype) / math.sqrt(shape[0])
             return DenseLinear(weight.astype(dtype), bias)
         return dataclasses.replace(self._stack(1, *shape)[0], bias=bias)
+
+    def side_by_side(
+        self, widths: Mapping[str, int], k: int, needs_bias: bool = False
+    ) -> SideBySide:
+        return self.linear(next(iter(widths)), (k, sum(widths.values())), needs_bias)
 
     def parameter(
         self, module: str, part: str, shape: tuple[int, ...], dtype: DTypeLike | None = None
     ) -> jax.Array:
         dtype = dtype or self._quantization.dtype
-        if len(shape) == 1:  # a norm
+        if module.endswith("q_norm"):  # so large that queries attend to few keys, as trained ones
+            return jnp.full(shape, 4, dtype)
+        if len(shape) == 1:
             return jnp.ones(shape, dtype)
         return jax.random.normal(self._key(), shape, dtype)
 
