@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
-from jax_marlin.models import layers
+from jax_marlin.models import attention, layers
 from jax_marlin.models.attention import attend
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.loading import read_config
@@ -69,6 +70,42 @@ def test_grouped_query_attention_is_causal_and_ignores_what_lies_past():
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
     got = attend(q, k, v, jnp.int32(start))
     np.testing.assert_allclose(got, expected.reshape(batch, seq, -1), atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"sinks": jnp.array([1.0, -2, 0, 3])}])
+def test_attention_of_a_prompt_in_blocks(monkeypatch, options):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 11, n, 8)) for i, n in enumerate((4, 2, 2)))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    whole = attend(q, k, v, None, **options)
+    monkeypatch.setattr(attention, "_QUERIES", 4)
+    np.testing.assert_allclose(attend(q, k, v, None, **options), whole, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, jnp.int32(0), **options), whole, atol=1e-6)
+
+
+def test_attention_without_cudnn_falls_back(monkeypatch):
+    q, k, v = (jnp.ones((1, 128, 2, 8), jnp.bfloat16) for _ in range(3))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    expected, tried = attend(q, k, v, None), []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    flash = attention._flash
+    monkeypatch.setattr(attention, "_flash", lambda *a, **o: (tried.append(1), flash(*a, **o))[1])
+    got = jax.jit(lambda q, k, v: attend(q, k, v, None))(q, k, v)
+    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, expected)), atol=0.01)
+    assert tried
+
+
+def test_only_the_lowered_platform_needs_cudnn(monkeypatch):
+    """A program traced where the default device is a GPU still lowers for the CPU."""
+    cuda_only = Primitive("cuda_only")
+    cuda_only.def_abstract_eval(lambda q: q)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        attention, "_flash", lambda q, k, v, scale: cuda_only.bind(q).reshape(1, 128, 16)
+    )
+    q, k, v = (jnp.ones((1, 128, 2, 8), jnp.bfloat16) for _ in range(3))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    out = jax.jit(lambda q, k, v: attend(q, k, v, None))(q, k, v)
+    np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=0.01)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])

@@ -1,5 +1,7 @@
-"""Causal grouped-query attention over a cache or a prompt, in blocks of queries."""
+"""Causal grouped-query attention over a cache or a prompt: by cuDNN, or in blocks of queries."""
 
+import contextlib
+import functools
 import math
 
 import jax
@@ -36,9 +38,43 @@ def attend(
     Returns:
         `[batch, seq, heads * v's head_dim]`, q's dtype.
     """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    in_blocks = functools.partial(
+        _attend_in_blocks, start=start, scale=scale, window=window, sinks=sinks
+    )
+    if start is None and window is None and sinks is None and _has_flash(q, v):
+        flash = functools.partial(_flash, scale=scale)
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
+            # What cuDNN of this version and device does not take, or no cuDNN, raises here.
+            return jax.lax.platform_dependent(q, k, v, cuda=flash, default=in_blocks)
+    return in_blocks(q, k, v)
+
+
+def _has_flash(q: jax.Array, v: jax.Array) -> bool:
+    """Whether cuDNN's attention is worth trying; 128 queries are few enough for blocks."""
+    on_gpu = jax.default_backend() == "gpu" and q.dtype != jnp.float32
+    return on_gpu and q.shape[1] >= 128 and q.shape[-1] == v.shape[-1]
+
+
+def _flash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    k, v = (jnp.swapaxes(heads, 1, 2) for heads in (k, v))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale, implementation="cudnn")
+    return out.reshape(*q.shape[:2], -1)
+
+
+def _attend_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    start: jax.Array | None,
+    scale: float,
+    window: int | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """`attend` of some queries at a time."""
     batch, seq, heads, head_dim = q.shape
     kv_heads, entries = k.shape[1:3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     # [batch, kv_heads, group, seq, head_dim]: for one query no element moves
     q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     blocks = []
