@@ -90,9 +90,9 @@ def test_check_refuses_nan_and_a_cache_that_is_not_read():
         check_model(dataclasses.replace(model, norm=norm))
 
     class Forgetful(type(model)):
-        def extend(self, input_ids, cache, lengths=None):
+        def extend(self, input_ids, cache, lengths=None, *, empty=False):
             cache = dataclasses.replace(cache, keys=tuple(map(jnp.zeros_like, cache.keys)))
-            return super().extend(input_ids, cache, lengths)
+            return super().extend(input_ids, cache, lengths, empty=empty)
 
     jax.tree_util.register_dataclass(
         Forgetful, [f.name for f in dataclasses.fields(model)][:-1], ["config"]
