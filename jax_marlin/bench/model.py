@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import statistics
 import sys
@@ -23,6 +24,7 @@ from jax_marlin.bench.random_model import CONFIGS, random_model
 from jax_marlin.linear import compute_dtype
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.decoding import Decoded, decode, prefill
+from jax_marlin.models.layers import KVCache
 from jax_marlin.models.sampling import Sampling
 
 _COLUMNS = {
@@ -95,8 +97,8 @@ def _run(args: argparse.Namespace) -> int:
         "model": f"{name}, random weights, lm_head {'packed' if args.quantized_lm_head else dtype}",
         "model_gb": round(jax.block_until_ready(model).nbytes / 1e9, 3),
         "method": f"median of {args.runs} runs; decode: {args.new_tokens} greedy tokens in one "
-        "call, from the context on; floor: weights (experts that uniform routing reaches), keys "
-        "and values read once, or the flops",
+        "call, after a context of random keys and values; floor: weights (experts that uniform "
+        "routing reaches), keys and values read once, or the flops",
     }
     conditions |= check_model(model)
     records: list[dict[str, Any]] = []
@@ -126,8 +128,10 @@ def _measure(
 
 def _decode_record(model, batch: int, context: int, ceilings: Ceilings, args) -> dict[str, Any]:
     steps = args.new_tokens
+    # Random keys and values take as long to read as those of a prompt, and no time to come by.
     start = _started(model, batch, context, 1 + steps)
-    start = _prefilled(model, start, context)
+    cache = _random_like(start.cache, jax.random.key(2))
+    start = dataclasses.replace(start, cache=cache)
     none = jnp.zeros((0,), jnp.int32)
 
     def run(decoded: Decoded) -> Decoded:
@@ -139,10 +143,25 @@ def _decode_record(model, batch: int, context: int, ceilings: Ceilings, args) ->
 
 
 def _started(model: CausalLM, batch: int, context: int, new_tokens: int) -> Decoded:
-    """Nothing read yet, room for all."""
-    tokens = jnp.zeros((batch, new_tokens), jnp.int32)
+    """Nothing read yet, room for all; random tokens."""
+    tokens = jax.random.randint(
+        jax.random.key(3), (batch, new_tokens), 0, model.config.vocab_size, jnp.int32
+    )
     cache = model.empty_cache(batch, context + new_tokens - 1)
     return Decoded(cache, tokens, jnp.int32(0), jnp.zeros((batch,), jnp.bool_))
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _random_like(cache: KVCache, key: jax.Array) -> KVCache:
+    def of_layers(arrays: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, ...]:
+        keys = jax.random.split(key, len(arrays))
+        return tuple(
+            jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, arrays, strict=True)
+        )
+
+    first, second = jax.random.split(key)
+    keys, values = of_layers(cache.keys, first), of_layers(cache.values, second)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _prefilled(model: CausalLM, decoded: Decoded, context: int) -> Decoded:
