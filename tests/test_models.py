@@ -90,7 +90,8 @@ def test_attention_without_cudnn_falls_back(monkeypatch):
     flash = attention._flash
     monkeypatch.setattr(attention, "_flash", lambda *a, **o: (tried.append(1), flash(*a, **o))[1])
     got = jax.jit(lambda q, k, v: attend(q, k, v, None))(q, k, v)
-    np.testing.assert_allclose(*(a.astype(jnp.float32) for a in (got, expected)), atol=0.01)
+    wide = [a.astype(jnp.float32) for a in (got, expected)]
+    np.testing.assert_allclose(wide[0], wide[1], atol=0.01)
     assert tried
 
 
