@@ -9,14 +9,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import SCALE_DTYPES, CanonicalLinear, is_identity, same_perm
-from jax_marlin.layout import TILE, pack_columns, pack_tiles
+from jax_marlin.layout import TILE, pack_columns
 from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.repack import pack_words
 from jax_marlin.weights import MarlinExpertStack
+from jax_marlin.words import one_in_every_field
 
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a host buffer to take it over without a copy
-_TILES_AT_ONCE = (
-    4  # column tiles packed together: the temporaries of K x 256 codes stay in the cache
-)
 
 
 class StackBuilder:
@@ -28,7 +27,8 @@ class StackBuilder:
     >>> import numpy as np
     >>> spec = QuantSpec.create(bits=4, group_size=32, k=64, n=80)
     >>> builder = StackBuilder(2, spec, np.float32)
-    >>> weight = CanonicalLinear(np.full((64, 80), 11, np.uint8), np.ones((2, 80), np.float32))
+    >>> codes, scales = np.full((64, 80), 11, np.uint8), np.ones((2, 80), np.float32)
+    >>> weight = CanonicalLinear.from_codes(codes, scales, bits=4)
     >>> builder.set_expert(0, weight)
     >>> builder.set_expert(1, weight)
     >>> float(builder.finish().dequantize()[1, 5, 7])
@@ -105,10 +105,7 @@ class StackBuilder:
 
         scales = self._cast(canonical.scales, "scales", where)
         leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
-        for tile in range(0, spec.n_tiles, _TILES_AT_ONCE):
-            codes = _padded_codes(canonical, spec, tile, min(tile + _TILES_AT_ONCE, spec.n_tiles))
-            packed = pack_tiles(codes, spec.bits)
-            leaves["qweight"][e, first + tile : first + tile + packed.shape[0]] = packed
+        pack_words(_padded_words(canonical, spec), spec.bits, leaves["qweight"][e, first:last])
 
         neutral = spec.symmetric_zero_point
         if canonical.zero_points is not None:
@@ -223,18 +220,24 @@ def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
     return np.pad(a, ((0, 0), (0, -a.shape[1] % TILE)), constant_values=value)
 
 
-def _padded_codes(canonical: CanonicalLinear, spec: QuantSpec, first: int, last: int) -> np.ndarray:
-    """Codes of column tiles [first, last), uint8 [K to 64, 64 (last - first)].
+def _padded_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:
+    """The words of all tiles, uint32 [K to 64 / P, N to 64].
 
     Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
     """
-    columns = slice(first * TILE, last * TILE)
-    codes = canonical.codes[:, columns]
-    shape = (spec.k_tiles * TILE, (last - first) * TILE)
-    if codes.shape == shape:
-        return codes
-    padded = np.full(shape, spec.symmetric_zero_point, np.uint8)
-    padded[: spec.k, : codes.shape[1]] = codes
+    words, factor = canonical.words, spec.pack_factor
+    shape = (spec.k_tiles * TILE // factor, spec.n_tiles * TILE)
+    if words.shape == shape and spec.k % factor == 0:
+        return words
+    one, zero_point = one_in_every_field(spec.bits), np.uint32(spec.symmetric_zero_point)
+    padded = np.full(shape, one * zero_point, np.uint32)
+    full, left = divmod(spec.k, factor)  # words of a column that are full, codes in the next one
+    padded[:full, : spec.n] = words[:full]
+    last_group = padded[-1:, : spec.n]
     if canonical.zero_points is not None:
-        padded[spec.k :, : codes.shape[1]] = canonical.zero_points[-1, columns]
+        last_group = one * canonical.zero_points[-1:].astype(np.uint32)
+    padded[full:, : spec.n] = last_group
+    if left:
+        live = np.uint32(2 ** (spec.bits * left) - 1)
+        padded[full, : spec.n] = (words[full] & live) | (last_group[0] & ~live)
     return padded

@@ -63,7 +63,7 @@ def load_expert_stack(
                 builder.set_expert(e, read(name), f"{_WHERE}: module {name}", columns)
         else:
             where = f"{_WHERE}: module {' | '.join(names)}"
-            join = functools.partial(concat_columns, bits=spec.bits, where=where)
+            join = functools.partial(concat_columns, where=where)
             builder.set_expert(e, functools.reduce(join, map(read, names)), where)
         for _ in names:
             on_module()
