@@ -37,7 +37,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         path: directory with config.json and .safetensors files, sharded (with an index) or not.
 
     Returns:
-        A `Checkpoint`; close it, or use it in a `with` statement.
+        A `Checkpoint`, which may be used in a `with` statement.
 
     Raises:
         ValueError: files are missing, truncated or contradict each other; the message names the
@@ -252,8 +252,7 @@ class Checkpoint:
         return expert_stack.can_fuse(self.modules, experts, self.shards.read)
 
     def close(self) -> None:
-        """Closes the files; reading afterwards opens them again."""
-        self.shards.close()
+        """Nothing stays open between reads: this is here for the `with` statement."""
 
     def __enter__(self) -> Checkpoint:
         return self
