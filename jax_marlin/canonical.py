@@ -83,6 +83,33 @@ class CanonicalLinear:
         """(K, N)."""
         return (self.k, self.words.shape[1])
 
+    def window(self, rows: range, columns: range, group_size: int) -> CanonicalLinear:
+        """A part of the weight, as views.
+
+        Args:
+            rows: of the sorted rows; all of them, or whole words and whole groups of a weight
+                without `perm`.
+            columns: any.
+            group_size: rows of one group.
+
+        >>> codes = np.arange(64, dtype=np.uint8).reshape(32, 2) % 16
+        >>> w = CanonicalLinear.from_codes(codes, np.ones((2, 2), np.float16), bits=4)
+        >>> w.window(range(16, 32), range(1, 2), 16).codes[:2, 0].tolist()
+        [1, 3]
+        """
+        n = slice(columns.start, columns.stop)
+        factor = 32 // self.bits
+        words = slice(rows.start // factor, -(-rows.stop // factor))
+        groups = slice(rows.start // group_size, -(-rows.stop // group_size))
+        return dataclasses.replace(
+            self,
+            words=self.words[words, n],
+            scales=self.scales[groups, n],
+            zero_points=None if self.zero_points is None else self.zero_points[groups, n],
+            bias=None if self.bias is None else self.bias[n],
+            k=len(rows),
+        )
+
     def check(self, spec: QuantSpec, where: str) -> None:
         """Raises unless every array fits `spec`.
 

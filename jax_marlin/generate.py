@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     print(describe(path), end="\n\n", flush=True)
     on_cpu = jax.default_backend() == "cpu"
     started = time.perf_counter()
-    model = load(path, args.dtype or ("float32" if on_cpu else None))
+    model = load(path, args.dtype or ("float32" if on_cpu else None), progress=True)
     jax.block_until_ready(model)
     seconds = time.perf_counter() - started
     print_row("loaded", f"in {seconds:.1f} s as {model.dtype} on {jax.devices()[0].device_kind}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -71,11 +72,12 @@ class Shards:
         if info.dtype not in _DTYPES:
             raise ValueError(f"{where} has a dtype that NumPy lacks, expected {', '.join(_DTYPES)}")
         data = np.empty(info.nbytes, np.uint8)
+        view: Any = data  # NumPy's stubs do not tell that an array is a buffer
         done = 0
         try:
             with info.path.open("rb", buffering=0) as file:
                 file.seek(info.start)
-                while got := file.readinto(memoryview(data)[done : done + _MOST_AT_ONCE]):
+                while got := file.readinto(view[done : done + _MOST_AT_ONCE]):
                     done += got
         except OSError as error:
             raise ValueError(f"{where} is unreadable: {error}") from error
