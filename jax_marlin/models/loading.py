@@ -91,7 +91,9 @@ def load(
             import tqdm  # a progress bar is no reason for the library to load it
 
             bar = stack.enter_context(
-                tqdm.tqdm(total=checkpoint.nbytes, desc="loading", unit="B", unit_scale=True)
+                tqdm.tqdm(
+                    total=checkpoint.nbytes, desc="loading", unit="B", unit_scale=True, leave=False
+                )
             )
         chosen = _compute_dtype(checkpoint.config, dtype)
         reader = ModuleReader(checkpoint, chosen, sharding, bar)
