@@ -127,6 +127,24 @@ def test_a_model_shared_by_devices_computes_the_same():
     run(MODEL)
 
 
+def test_each_device_has_its_part_of_the_cache(tmp_path):
+    run(f"""
+root = pathlib.Path({str(tmp_path)!r})
+mesh = jax.sharding.Mesh(jax.devices(), ("a",))
+path, _ = write_experts(root / "checkpoint", num_experts=8)
+with open_checkpoint(path) as checkpoint:
+    experts = expert_names(8, "gate_proj", "up_proj")
+    whole = checkpoint.load_expert_stack(experts)
+    checkpoint.keep_packed(root / "cache")
+    read = Shards.read
+    for _ in range(2):
+        stack = checkpoint.load_expert_stack(experts, sharding=NamedSharding(mesh, P("a")))
+        assert_equal(stack, whole)
+        Shards.read = lambda self, name: read(self, name) if name.endswith("g_idx") else 1 / 0
+    assert len(list((root / "cache").rglob("*.safetensors"))) == 8
+""")
+
+
 TWO_PROCESSES = """
 import os
 rank = int(os.environ["RANK"])

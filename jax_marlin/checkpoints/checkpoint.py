@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.checkpoints import dense_experts, expert_stack
 from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.packed_cache import PackedCache, cache_directory
 from jax_marlin.checkpoints.progress import Progress, counter
 from jax_marlin.checkpoints.quantize_config import QuantizeConfig
 from jax_marlin.checkpoints.quantized_module import read_canonical, read_dense
@@ -47,6 +49,7 @@ class Checkpoint:
         self.quantization = quantization
         self.shards = shards
         self.modules = modules
+        self._cache: PackedCache | None = None
 
     @property
     def format(self) -> str:
@@ -227,6 +230,15 @@ class Checkpoint:
         """
         return expert_stack.can_fuse(self.modules, experts, self.shards.read)
 
+    def keep_packed(self, directory: str | os.PathLike | None = None) -> None:
+        """From now on packed weights are written to a cache, and read from it where they are there.
+
+        Args:
+            directory: the cache; None means `$JAX_MARLIN_CACHE`, or the user's cache directory.
+        """
+        root = cache_directory() if directory is None else pathlib.Path(directory)
+        self._cache = PackedCache(root, self.path, self.shards.tensors)
+
     def close(self) -> None:
         """Nothing stays open between reads: this is here for the `with` statement."""
 
@@ -259,6 +271,7 @@ class Checkpoint:
             self.shards.read,
             dtype=dtype,
             sharding=sharding,
+            cache=self._cache,
             on_module=counter(progress),
         )
 

@@ -16,7 +16,8 @@ from jax_marlin.act_order import perm_from_g_idx
 from jax_marlin.canonical import CanonicalLinear, concat_columns, same_perm
 from jax_marlin.checkpoints.module_format import Read
 from jax_marlin.checkpoints.modules import ModuleInfo
-from jax_marlin.checkpoints.placement import Block, Placement
+from jax_marlin.checkpoints.packed_cache import PackedCache
+from jax_marlin.checkpoints.placement import Block, Leaves, Placement
 from jax_marlin.checkpoints.quantized_module import (
     group_index,
     may_have_zero_points,
@@ -41,6 +42,7 @@ def load_expert_stack(
     *,
     dtype: DTypeLike | None,
     sharding: NamedSharding | None,
+    cache: PackedCache | None,
     on_module: Callable[[], object],
 ) -> MarlinExpertStack:
     """Packs experts[e] = (module, ...), columns side by side, into slot e of one stack.
@@ -51,6 +53,7 @@ def load_expert_stack(
         read: gives a tensor as stored; called once for each, by several threads.
         dtype: compute dtype of the stack; None keeps the stored one.
         sharding: see `Checkpoint.load_expert_stack`.
+        cache: where packed stacks are kept, if they are.
         on_module: called after each module.
 
     Raises:
@@ -76,26 +79,56 @@ def load_expert_stack(
                 f"(g_idx), which needs all of K; split experts or N"
             )
     starts = np.cumsum([0, *(part.n for part in specs)]).tolist()
-    for held, blocks in itertools.groupby(placement.blocks, lambda block: block.experts):
+
+    def pack(blocks: Sequence[Block]) -> dict[Block, Leaves]:
+        """The leaves of blocks with the same experts, each of which is read once."""
+        held = blocks[0].experts
         builders = {
             block: StackBuilder(len(held), block.spec(spec), chosen, optional) for block in blocks
         }
 
-        def pack(e: int, builders=builders, held=held, spec=spec) -> None:
+        def pack_expert(e: int) -> None:
             for where, canonical, start in _parts_of_expert(modules, experts[e], starts, read):
                 columns = range(start, start + canonical.shape[1])
                 for block, builder in builders.items():
                     _set_part(builder, block, held.index(e), canonical, columns, spec, where)
 
-        for e in in_threads(pack, held):
+        for e in in_threads(pack_expert, held):
             for _ in experts[e]:
                 on_module()
-        for block in list(builders):
-            leaves, own = builders.pop(block).take_leaves()
+        return {block: builder.take_leaves()[0] for block, builder in builders.items()}
+
+    for _, group in itertools.groupby(placement.blocks, lambda block: block.experts):
+        blocks = list(group)
+        found = _through_cache(cache, (experts, str(np.dtype(chosen)), optional), blocks, pack)
+        for block in blocks:
+            leaves = found.pop(block)
+            if sharding is None:  # else it is known, and of all experts
+                perm = leaves["perm"]
+                shared = perm is not None and bool((perm == perm[:1]).all())
+                spec = dataclasses.replace(spec, shared_perm=shared)
             placement.put(block, leaves)
-            if sharding is None:
-                spec = own
     return placement.finish(spec)
+
+
+def _through_cache(
+    cache: PackedCache | None,
+    what: tuple,
+    blocks: Sequence[Block],
+    pack: Callable[[Sequence[Block]], dict[Block, Leaves]],
+) -> dict[Block, Leaves]:
+    """`pack(blocks)`, out of the cache if all of it is there, else into it."""
+    if cache is None:
+        return pack(blocks)
+    keys = {block: (*what, str(block.experts), str(block.columns), str(block.rows))
+            for block in blocks}  # fmt: skip
+    cached = {block: cache.load(key) for block, key in keys.items()}
+    found = {block: leaves for block, leaves in cached.items() if leaves is not None}
+    if len(found) < len(blocks):
+        found = pack(blocks)
+        for block, leaves in found.items():
+            cache.store(keys[block], leaves)
+    return found
 
 
 def _parts_of_expert(

@@ -45,6 +45,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     *,
     sharding: NamedSharding | None = None,
+    cache: bool | str | os.PathLike[str] = False,
     progress: bool = False,
 ) -> CausalLM:
     """Loads a checkpoint directory as a model, on the default device or where `sharding` says.
@@ -66,6 +67,9 @@ def load(
             `NamedSharding(mesh, PartitionSpec("expert"))` gives each device whole experts. Parts go
             straight to their devices, and of several processes each reads the weights of its own
             experts alone. Everything else is placed on every device of the mesh.
+        cache: a directory in which packed weights are kept, so that the next start reads them at
+            the speed of the disk; True means `$JAX_MARLIN_CACHE`, or the user's cache directory.
+            Weights of a checkpoint whose files or config changed in any way are packed anew.
         progress: shows a tqdm bar of bytes on stderr.
 
     Returns:
@@ -86,6 +90,8 @@ def load(
     """
     with open_checkpoint(path) as checkpoint, contextlib.ExitStack() as stack:
         family, config = read_config(checkpoint.config)
+        if cache:
+            checkpoint.keep_packed(None if cache is True else cache)
         bar = None
         if progress:
             import tqdm  # a progress bar is no reason for the library to load it
