@@ -103,7 +103,7 @@ def load(
             )
         chosen = _compute_dtype(checkpoint.config, dtype)
         reader = ModuleReader(checkpoint, chosen, sharding, bar)
-        return _read_model(reader, family, config)
+        return read_model(reader, family, config)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
@@ -119,7 +119,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
     return family, family.read_config(config)
 
 
-def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> CausalLM:
+def read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> CausalLM:
     embed = reader.weight("model.embed_tokens", (c.vocab_size, c.hidden_size))
     layers = tuple(family.read_layer(reader, c, i) for i in range(len(c.sparse_layers)))
     norm = reader.weight("model.norm", (c.hidden_size,))
