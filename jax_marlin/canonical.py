@@ -8,31 +8,107 @@ import ml_dtypes
 import numpy as np
 
 from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.words import pack_rows, unpack_rows
 
 SCALE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
 
 
 @dataclasses.dataclass
 class CanonicalLinear:
-    """Codes, scales and zero points in plain order; G = ceil(K / group_size).
+    """Codes, scales and zero points in plain order; P = 32 / bits, G = ceil(K / group_size).
 
     The value is, with g = i // group_size,
 
         W[perm[i], n] = scales[g, n] * (codes[i, n] - zero_points[g, n])
 
     Attributes:
-        codes: uint8 [K, N], below `2**bits`, rows in group order (act-order rows sorted by group).
+        words: uint32 [ceil(K / P), N], the codes, P neighbours along K in a word, the first lowest;
+            rows in group order (act-order rows sorted by group). Fields past K hold anything.
         scales: float16, bfloat16 or float32 [G, N], finite; may be negative or zero.
         zero_points: uint8 [G, N], below `2**bits`; None: symmetric, `2**(bits - 1)` everywhere.
-        perm: int32 [K], row i of `codes` is row `perm[i]` of the weight; None means in order.
+        perm: int32 [K], row i of the codes is row `perm[i]` of the weight; None means in order.
         bias: float [N], or None.
+        bits: 4 or 8.
+        k: K.
     """
 
-    codes: np.ndarray
+    words: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None = None
     perm: np.ndarray | None = None
     bias: np.ndarray | None = None
+    bits: int = dataclasses.field(kw_only=True)
+    k: int = dataclasses.field(kw_only=True)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: np.ndarray,
+        scales: np.ndarray,
+        zero_points: np.ndarray | None = None,
+        perm: np.ndarray | None = None,
+        bias: np.ndarray | None = None,
+        *,
+        bits: int,
+        where: str = "CanonicalLinear.from_codes",
+    ) -> CanonicalLinear:
+        """A weight from its codes, uint8 [K, N].
+
+        Args:
+            codes: below `2**bits`, rows in group order.
+            scales, zero_points, perm, bias: see the class.
+            bits: 4 or 8.
+            where: the function or module that errors are reported for.
+
+        Raises:
+            TypeError: codes are not uint8.
+            ValueError: a code needs more bits.
+
+        >>> codes = np.arange(64, dtype=np.uint8).reshape(32, 2) % 16
+        >>> w = CanonicalLinear.from_codes(codes, np.ones((1, 2), np.float16), bits=4)
+        >>> w.words.shape, bool((w.codes == codes).all())
+        ((4, 2), True)
+        """
+        _check_codes(codes, "codes", bits, where)
+        words = pack_rows(codes, bits)
+        return cls(words, scales, zero_points, perm, bias, bits=bits, k=codes.shape[0])
+
+    @property
+    def codes(self) -> np.ndarray:
+        """uint8 [K, N], below `2**bits`; a new array."""
+        return unpack_rows(self.words, self.bits)[: self.k]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        return (self.k, self.words.shape[1])
+
+    def window(self, rows: range, columns: range, group_size: int) -> CanonicalLinear:
+        """A part of the weight, as views.
+
+        Args:
+            rows: of the sorted rows; all of them, or whole words and whole groups of a weight
+                without `perm`.
+            columns: any.
+            group_size: rows of one group.
+
+        >>> codes = np.arange(64, dtype=np.uint8).reshape(32, 2) % 16
+        >>> w = CanonicalLinear.from_codes(codes, np.ones((2, 2), np.float16), bits=4)
+        >>> w.window(range(16, 32), range(1, 2), 16).codes[:2, 0].tolist()
+        [1, 3]
+        """
+        n = slice(columns.start, columns.stop)
+        factor = 32 // self.bits
+        words = slice(rows.start // factor, -(-rows.stop // factor))
+        groups = slice(rows.start // group_size, -(-rows.stop // group_size))
+        return dataclasses.replace(
+            self,
+            words=self.words[words, n],
+            scales=self.scales[groups, n],
+            zero_points=None if self.zero_points is None else self.zero_points[groups, n],
+            bias=None if self.bias is None else self.bias[n],
+            k=len(rows),
+        )
 
     def check(self, spec: QuantSpec, where: str) -> None:
         """Raises unless every array fits `spec`.
@@ -43,13 +119,19 @@ class CanonicalLinear:
 
         Raises:
             TypeError: an array has the wrong dtype.
-            ValueError: wrong shape, a code or zero point that needs more bits, a scale or bias that
-                is not finite, or a `perm` that is no permutation.
+            ValueError: wrong shape, a zero point that needs more bits, a scale or bias that is not
+                finite, or a `perm` that is no permutation.
         """
         k, n, groups = spec.k, spec.n, spec.num_groups
-        _check_shape(self.codes, "codes", (k, n), "(K, N)", where)
+        if self.bits != spec.bits or self.shape != (k, n):
+            raise ValueError(
+                f"{where}: codes have {self.bits} bits and shape {self.shape}, expected "
+                f"{spec.bits} and (K, N) = {(k, n)}"
+            )
+        if self.words.dtype != np.uint32:
+            raise TypeError(f"{where}: words have dtype {self.words.dtype}, expected uint32")
+        _check_shape(self.words, "words", (-(-k // spec.pack_factor), n), "(K / P, N)", where)
         _check_shape(self.scales, "scales", (groups, n), "(ceil(K / group_size), N)", where)
-        _check_codes(self.codes, "codes", spec.bits, where)
         _check_finite(self.scales, "scales", where)
         if self.zero_points is not None:
             name = "zero_points"
@@ -65,32 +147,29 @@ class CanonicalLinear:
 
 
 def concat_columns(
-    a: CanonicalLinear,
-    b: CanonicalLinear,
-    *,
-    bits: int | None = None,
-    where: str = "concat_columns",
+    a: CanonicalLinear, b: CanonicalLinear, *, where: str = "concat_columns"
 ) -> CanonicalLinear:
     """Joins two weights of the same K along N, as gate|up.
 
     Args:
         a: the left columns.
         b: the right columns.
-        bits: only needed where one of the two is symmetric and the other is not.
         where: the function or module that errors are reported for.
 
     Raises:
-        ValueError: K, the number of groups, or the permutations differ; or `bits` is missing.
+        ValueError: K, the bits, the number of groups, or the permutations differ.
 
     >>> import numpy as np
-    >>> gate = CanonicalLinear(np.zeros((32, 64), np.uint8), np.ones((1, 64), np.float16))
-    >>> concat_columns(gate, gate).codes.shape
+    >>> codes, scales = np.zeros((32, 64), np.uint8), np.ones((1, 64), np.float16)
+    >>> gate = CanonicalLinear.from_codes(codes, scales, bits=4)
+    >>> concat_columns(gate, gate).shape
     (32, 128)
     """
-    if a.codes.shape[0] != b.codes.shape[0] or a.scales.shape[0] != b.scales.shape[0]:
+    sizes = [(part.k, part.scales.shape[0], part.bits) for part in (a, b)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{where}: the two weights have K, G = {a.codes.shape[0]}, {a.scales.shape[0]} and "
-            f"{b.codes.shape[0]}, {b.scales.shape[0]}, expected the same"
+            f"{where}: the two weights have K, G, bits = {sizes[0]} and {sizes[1]}, expected the "
+            "same"
         )
     if not same_perm(a.perm, b.perm):
         raise ValueError(
@@ -99,14 +178,17 @@ def concat_columns(
         )
     zero_points = None
     if a.zero_points is not None or b.zero_points is not None:
-        zero_points = np.concatenate(
-            [_filled_zero_points(part, bits, where) for part in (a, b)], axis=1
-        )
+        zero_points = np.concatenate([_filled_zero_points(part) for part in (a, b)], axis=1)
     bias = None
     if a.bias is not None or b.bias is not None:
         bias = _concat_floats(*(_filled_bias(part) for part in (a, b)))
-    codes = np.concatenate([a.codes, b.codes], axis=1)
-    return CanonicalLinear(codes, _concat_floats(a.scales, b.scales), zero_points, a.perm, bias)
+    return dataclasses.replace(
+        a,
+        words=np.concatenate([a.words, b.words], axis=1),
+        scales=_concat_floats(a.scales, b.scales),
+        zero_points=zero_points,
+        bias=bias,
+    )
 
 
 def same_perm(a: np.ndarray | None, b: np.ndarray | None) -> bool:
@@ -128,12 +210,10 @@ def _concat_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate([a, b], axis=-1)
 
 
-def _filled_zero_points(part: CanonicalLinear, bits: int | None, where: str) -> np.ndarray:
+def _filled_zero_points(part: CanonicalLinear) -> np.ndarray:
     if part.zero_points is not None:
         return part.zero_points
-    if bits is None:
-        raise ValueError(f"{where}: one weight is symmetric and the other is not, pass bits")
-    return np.full(part.scales.shape, 2 ** (bits - 1), np.uint8)
+    return np.full(part.scales.shape, 2 ** (part.bits - 1), np.uint8)
 
 
 def _filled_bias(part: CanonicalLinear) -> np.ndarray:

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin.answer import answer, print_memory, print_row
+from jax_marlin.checkpoints.packed_cache import CACHE_VARIABLE, cache_directory
 from jax_marlin.data import bundled_checkpoint
-from jax_marlin.demo.build import ABOUT, CACHE_VARIABLE, cache_directory, demo_checkpoint
+from jax_marlin.demo.build import ABOUT, demo_checkpoint
 from jax_marlin.inspect import describe
 from jax_marlin.models import CausalLM, load
 from jax_marlin.models.generation import stream, with_progress
@@ -61,8 +62,13 @@ def _parser() -> argparse.ArgumentParser:
         "package, which knows no words)",
     )  # fmt: skip
     parser.add_argument(
+        "--cache", action="store_true",
+        help="keep the packed weights on disk, so that the next start packs nothing",
+    )  # fmt: skip
+    parser.add_argument(
         "--cache-dir", type=pathlib.Path, metavar="DIR",
-        help=f"where the demo's model is kept (default: ${CACHE_VARIABLE}, or the user's cache)",
+        help="where the demo's model and packed weights are kept "
+        f"(default: ${CACHE_VARIABLE}, or the user's cache)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=LOGITS_LIMITS, help="default: float32 on a CPU, config.json's on a GPU"
@@ -105,7 +111,8 @@ def _run(args: argparse.Namespace) -> int:
     print(describe(path), end="\n\n", flush=True)
     on_cpu = jax.default_backend() == "cpu"
     started = time.perf_counter()
-    model = load(path, args.dtype or ("float32" if on_cpu else None))
+    cache = (args.cache_dir or True) if args.cache else False
+    model = load(path, args.dtype or ("float32" if on_cpu else None), cache=cache, progress=True)
     jax.block_until_ready(model)
     seconds = time.perf_counter() - started
     print_row("loaded", f"in {seconds:.1f} s as {model.dtype} on {jax.devices()[0].device_kind}")

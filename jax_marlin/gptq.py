@@ -164,7 +164,7 @@ def _pack(
         )  # fmt: skip
 
     canonical = next_expert(names[0], k, n)
-    rows, columns = canonical.codes.shape
+    rows, columns = canonical.shape
     spec = QuantSpec.create(bits=bits, group_size=group_size, k=rows, n=columns, where=names[0])
     first_dtype = canonical.scales.dtype
     builder = StackBuilder(len(names), spec, first_dtype if wanted is None else wanted)

@@ -24,6 +24,9 @@ from jax_marlin.act_order import perm_from_g_idx
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.host_arrays import host_array
 from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.words import one_in_every_field, pack_rows, unpack_rows
+
+_COLUMNS_AT_ONCE = 256  # taken apart at once; one byte a code then stays in the cache
 
 
 def gptq_to_canonical(
@@ -75,29 +78,30 @@ def gptq_to_canonical(
             f"{where}: scales has shape {scales.shape}, expected (ceil(K / group_size), N) = "
             f"{(spec.num_groups, spec.n)} for k={spec.k}; is group_size={group_size} right?"
         )
-    codes = _unpack_rows(words, bits)[: spec.k]  # uint8 [K, N]
     perm = None
     if groups is not None:
         perm = perm_from_g_idx(groups, k=spec.k, group_size=spec.group_size, where=where)
     canonical = CanonicalLinear(
-        codes if perm is None else codes[perm],
+        words if perm is None else _take_rows(words, perm, bits),
         scales,
         _zero_points(qzeros, spec, symmetric, checkpoint_format, where),
         perm,
         None if bias is None else host_array(bias, "bias", where),
+        bits=bits,
+        k=spec.k,
     )
     canonical.check(spec, where)
     return canonical
 
 
 def canonical_to_gptq(
-    canonical: CanonicalLinear, *, bits: int, group_size: int, checkpoint_format: str
+    canonical: CanonicalLinear, *, group_size: int, checkpoint_format: str
 ) -> dict[str, np.ndarray]:
     """The inverse of `gptq_to_canonical`.
 
     Args:
         canonical: one weight [K, N].
-        bits, group_size: its own, `group_size` at most K.
+        group_size: its own, at most K.
         checkpoint_format: `"gptq"` (zeros stored minus one) or `"gptq_v2"`.
 
     Returns:
@@ -105,8 +109,8 @@ def canonical_to_gptq(
         describes them. The last words of a K or N that is no multiple of 32 / bits are filled with
         code 0 and with the symmetric zero point.
     """
-    codes, (k, n) = canonical.codes, canonical.codes.shape
-    g_idx = (np.arange(k) // group_size).astype(np.int32)
+    bits, (k, n) = canonical.bits, canonical.shape
+    codes, g_idx = canonical.codes, (np.arange(k) // group_size).astype(np.int32)
     if canonical.perm is not None:  # sorted row i is row perm[i] of the file
         order = np.argsort(canonical.perm)
         codes, g_idx = codes[order], g_idx[order]
@@ -115,11 +119,11 @@ def canonical_to_gptq(
         zeros = np.full(canonical.scales.shape, 2 ** (bits - 1), np.uint8)
     fill = -n % (32 // bits)
     zeros = np.pad(zeros, ((0, 0), (0, fill)), constant_values=2 ** (bits - 1))
-    words = np.ascontiguousarray(_pack_rows(np.ascontiguousarray(zeros.T), bits).T)
+    words = np.ascontiguousarray(pack_rows(np.ascontiguousarray(zeros.T), bits).T)
     if checkpoint_format == "gptq":
-        words -= _one_in_every_field(bits)  # modulo 2**32, as the format's first writer did
+        words -= one_in_every_field(bits)  # modulo 2**32, as the format's first writer did
     tensors = {
-        "qweight": _pack_rows(codes, bits).view(np.int32),
+        "qweight": pack_rows(codes, bits).view(np.int32),
         "qzeros": words.view(np.int32),
         "scales": np.ascontiguousarray(canonical.scales),
         "g_idx": g_idx,
@@ -160,40 +164,25 @@ def _zero_points(
             )
         return None
     if checkpoint_format == "gptq":
-        words = words + _one_in_every_field(spec.bits)  # modulo 2**32, undoes the writer's borrows
+        words = words + one_in_every_field(spec.bits)  # modulo 2**32, undoes the writer's borrows
     zero_points = _unpack_columns(words, spec.bits)[:, : spec.n]
     if symmetric is None and bool((zero_points == middle).all()):
         return None
     return np.ascontiguousarray(zero_points)
 
 
-def _one_in_every_field(bits: int) -> np.uint32:
-    """0x11111111 at 4 bit."""
-    return np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-
-
-def _pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [K, N] to uint32 [ceil(K / P), N]."""
-    factor = 32 // bits
-    rows = -(-codes.shape[0] // factor)
-    words = np.zeros((rows, codes.shape[1]), np.uint32)
-    for place in range(factor):
-        part = codes[place::factor].astype(np.uint32)  # the last row of words may lack some
-        words[: part.shape[0]] |= part << np.uint32(bits * place)
-    return words
-
-
-def _unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 [R, N] to uint8 [R * P, N]."""
-    codes = np.empty((words.shape[0], 32 // bits, words.shape[1]), np.uint8)
-    for place in range(32 // bits):
-        codes[:, place] = (words >> np.uint32(bits * place)) & np.uint32(2**bits - 1)
-    return codes.reshape(-1, words.shape[1])
+def _take_rows(words: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray:
+    """The words of the codes with rows in another order, some columns at a time."""
+    taken = np.empty((-(-rows.size * bits // 32), words.shape[1]), np.uint32)
+    for start in range(0, words.shape[1], _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        taken[:, columns] = pack_rows(unpack_rows(words[:, columns], bits)[rows], bits)
+    return taken
 
 
 def _unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:
     """uint32 [G, C] to uint8 [G, C * P]."""
-    return _unpack_rows(np.ascontiguousarray(words.T), bits).T
+    return unpack_rows(words.T, bits).T
 
 
 def _words(value: Any, name: str, where: str) -> np.ndarray:
@@ -206,4 +195,5 @@ def _words(value: Any, name: str, where: str) -> np.ndarray:
         )
     if array.ndim != 2:
         raise ValueError(f"{where}: {name} has shape {array.shape}, expected two axes")
-    return np.ascontiguousarray(array).view(np.uint32)
+    # a transposed view stays one: the packing reads it block by block
+    return array.view(np.uint32)

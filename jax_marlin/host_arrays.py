@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a host buffer to take it over without a copy
+
 
 def host_array(value: Any, name: str, where: str) -> np.ndarray:
     """`value` as a NumPy array, without a copy where its owner allows.
@@ -98,3 +100,11 @@ def per_expert(value: Any, name: str, num_experts: int, where: str) -> Iterable[
             f"{where}: {name} has {count} entries, expected one an expert: {num_experts}"
         )
     return (value[expert] for expert in range(num_experts))
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros with an aligned first byte; the system provides each page when it is written."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)

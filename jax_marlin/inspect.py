@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
-from jax_marlin.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from jax_marlin.checkpoints import Checkpoint, open_checkpoint
 from jax_marlin.checkpoints.formats import FORMATS
 from jax_marlin.checkpoints.modules import ModuleInfo
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 TILE = 64
+PACKED_VERSION = 1  # changes with any change of what packed leaves hold: they are kept on disk
 
 # `Any` below is "a NumPy or JAX array, or a tracer"; what comes out is of the same kind.
 

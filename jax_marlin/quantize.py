@@ -111,7 +111,8 @@ def _round_to_nearest(
         zero_points[:, columns] = zero
         q = np.rint(block / divisor[:, None]) + zero[:, None]
         codes[:, columns] = np.clip(q, 0, largest).reshape(groups * rows, -1)[: spec.k]
-    return CanonicalLinear(codes, scales, None if symmetric else zero_points)
+    zeros = None if symmetric else zero_points
+    return CanonicalLinear.from_codes(codes, scales, zeros, bits=spec.bits)
 
 
 def _round_up(exact: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:

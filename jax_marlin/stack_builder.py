@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Collection
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import SCALE_DTYPES, CanonicalLinear, is_identity, same_perm
-from jax_marlin.layout import TILE, pack_columns, pack_tiles
+from jax_marlin.host_arrays import aligned_zeros
+from jax_marlin.layout import TILE, pack_columns
 from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.repack import pack_words
 from jax_marlin.weights import MarlinExpertStack
-
-_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a host buffer to take it over without a copy
-_TILES_AT_ONCE = (
-    4  # column tiles packed together: the temporaries of K x 256 codes stay in the cache
-)
+from jax_marlin.words import one_in_every_field
 
 
 class StackBuilder:
@@ -28,20 +28,29 @@ class StackBuilder:
     >>> import numpy as np
     >>> spec = QuantSpec.create(bits=4, group_size=32, k=64, n=80)
     >>> builder = StackBuilder(2, spec, np.float32)
-    >>> weight = CanonicalLinear(np.full((64, 80), 11, np.uint8), np.ones((2, 80), np.float32))
+    >>> codes, scales = np.full((64, 80), 11, np.uint8), np.ones((2, 80), np.float32)
+    >>> weight = CanonicalLinear.from_codes(codes, scales, bits=4)
     >>> builder.set_expert(0, weight)
     >>> builder.set_expert(1, weight)
     >>> float(builder.finish().dequantize()[1, 5, 7])
     3.0
     """
 
-    def __init__(self, num_experts: int, spec: QuantSpec, dtype: DTypeLike) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        spec: QuantSpec,
+        dtype: DTypeLike,
+        optional_leaves: Collection[str] = (),
+    ) -> None:
         """Reserves the leaves; the memory is touched only when an expert is written.
 
         Args:
             num_experts: E, at least 1; a dense weight is a stack of one.
             spec: what every expert is.
             dtype: compute dtype (float16, bfloat16 or float32) of scales, zero points and bias.
+            optional_leaves: those of zero_points, perm and bias that exist in any case, so that
+                the parts of one stack that several processes build have the same ones.
 
         Raises:
             ValueError: `num_experts` is below 1.
@@ -58,13 +67,16 @@ class StackBuilder:
         self._spec = spec
         tiles = (num_experts, spec.n_tiles, spec.k_tiles, spec.words_per_tile)
         self._leaves: dict[str, np.ndarray | None] | None = {
-            "qweight": _aligned_zeros(tiles, np.dtype(np.uint32)),
-            "scales": _aligned_zeros(self._scales_shape, self._dtype),
+            "qweight": aligned_zeros(tiles, np.dtype(np.uint32)),
+            "scales": aligned_zeros(self._scales_shape, self._dtype),
             "zero_points": None,
             "perm": None,
             "bias": None,
         }
         self._written = np.zeros((num_experts, spec.n_tiles), bool)
+        self._adding = threading.Lock()
+        for name in optional_leaves:
+            self._optional_leaf(name)
 
     @property
     def _scales_shape(self) -> tuple[int, ...]:
@@ -77,7 +89,7 @@ class StackBuilder:
         where: str | None = None,
         columns: slice | None = None,
     ) -> None:
-        """Packs one expert, or some of its columns.
+        """Packs one expert, or some of its columns; threads may set different experts at once.
 
         Args:
             e: which expert, 0 <= e < E.
@@ -105,21 +117,18 @@ class StackBuilder:
 
         scales = self._cast(canonical.scales, "scales", where)
         leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
-        for tile in range(0, spec.n_tiles, _TILES_AT_ONCE):
-            codes = _padded_codes(canonical, spec, tile, min(tile + _TILES_AT_ONCE, spec.n_tiles))
-            packed = pack_tiles(codes, spec.bits)
-            leaves["qweight"][e, first + tile : first + tile + packed.shape[0]] = packed
+        pack_words(_padded_words(canonical, spec), spec.bits, leaves["qweight"][e, first:last])
 
         neutral = spec.symmetric_zero_point
         if canonical.zero_points is not None:
-            leaf = self._optional_leaf("zero_points", self._scales_shape, self._dtype, neutral)
+            leaf = self._optional_leaf("zero_points")
             leaf[e, first:last] = pack_columns(_pad_columns(canonical.zero_points, neutral))
         elif leaves["zero_points"] is not None:
             leaves["zero_points"][e, first:last] = neutral
 
         if canonical.bias is not None:
             bias = self._cast(canonical.bias, "bias", where)
-            leaf = self._optional_leaf("bias", (self._num_experts, self._spec.n), self._dtype, 0)
+            leaf = self._optional_leaf("bias")
             leaf[e, start:stop] = bias
         elif leaves["bias"] is not None:
             leaves["bias"][e, start:stop] = 0
@@ -133,6 +142,24 @@ class StackBuilder:
         Raises:
             ValueError: experts or columns were never set, or `finish` was called before.
         """
+        leaves, spec = self.take_leaves()
+        arrays = {}
+        for name in list(leaves):
+            leaf = leaves.pop(name)
+            # waiting here lets the host's copy go before the next leaf starts to travel
+            arrays[name] = (
+                None
+                if leaf is None
+                else jax.block_until_ready(jax.device_put(leaf, may_alias=True))
+            )
+        return MarlinExpertStack(**arrays, spec=spec)
+
+    def take_leaves(self) -> tuple[dict[str, np.ndarray | None], QuantSpec]:
+        """The leaves on the host by name, and the spec, which says if perm is shared; as `finish`.
+
+        Raises:
+            ValueError: as `finish`.
+        """
         leaves = self._open_leaves()
         missing = np.flatnonzero(~self._written.any(axis=1)).tolist()
         if missing:
@@ -143,28 +170,31 @@ class StackBuilder:
         perm = leaves["perm"]
         shared = perm is not None and bool((perm == perm[:1]).all())
         self._leaves = None
-        arrays = {}
-        for name in list(leaves):
-            leaf = leaves.pop(name)
-            # waiting here lets the host's copy go before the next leaf starts to travel
-            arrays[name] = (
-                None
-                if leaf is None
-                else jax.block_until_ready(jax.device_put(leaf, may_alias=True))
-            )
-        return MarlinExpertStack(**arrays, spec=dataclasses.replace(self._spec, shared_perm=shared))
+        return leaves, dataclasses.replace(self._spec, shared_perm=shared)
 
     def _open_leaves(self) -> dict:
         if self._leaves is None:
             raise ValueError("StackBuilder: finish() was already called; start a new builder")
         return self._leaves
 
-    def _optional_leaf(self, name: str, shape: tuple, dtype: np.dtype, neutral: int) -> np.ndarray:
-        leaves = self._open_leaves()
-        if leaves[name] is None:
-            leaves[name] = _aligned_zeros(shape, dtype)
-            leaves[name][...] = neutral
-        return leaves[name]
+    def _optional_leaf(self, name: str) -> np.ndarray:
+        """The leaf, made if it is not there, with the neutral value for every expert."""
+        leaves, spec = self._open_leaves(), self._spec
+        shape, dtype, neutral = {
+            "zero_points": (self._scales_shape, self._dtype, spec.symmetric_zero_point),
+            "perm": (
+                (self._num_experts, spec.k),
+                np.dtype(np.int32),
+                np.arange(spec.k, dtype=np.int32),
+            ),
+            "bias": ((self._num_experts, spec.n), self._dtype, 0),
+        }[name]
+        with self._adding:
+            if leaves[name] is None:
+                leaf = aligned_zeros(shape, dtype)
+                leaf[...] = neutral
+                leaves[name] = leaf
+            return leaves[name]
 
     def _set_perm(self, e: int, perm: np.ndarray | None, must_agree: bool, where: str) -> None:
         leaf = self._open_leaves()["perm"]
@@ -175,11 +205,7 @@ class StackBuilder:
             )
         if leaf is None and is_identity(perm):
             return
-        if leaf is None:
-            leaf = self._optional_leaf(
-                "perm", (self._num_experts, self._spec.k), np.dtype(np.int32), 0
-            )
-            leaf[...] = np.arange(self._spec.k, dtype=np.int32)
+        leaf = self._optional_leaf("perm")
         leaf[e] = np.arange(self._spec.k) if perm is None else perm
 
     def _cast(self, a: np.ndarray, name: str, where: str) -> np.ndarray:
@@ -194,14 +220,6 @@ class StackBuilder:
                 "or float32"
             )
         return cast
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros with an aligned first byte; the system provides each page when it is written."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    offset = -raw.ctypes.data % _ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
 
 
 def _column_range(columns: slice | None, n: int, where: str) -> tuple[int, int]:
@@ -223,18 +241,24 @@ def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
     return np.pad(a, ((0, 0), (0, -a.shape[1] % TILE)), constant_values=value)
 
 
-def _padded_codes(canonical: CanonicalLinear, spec: QuantSpec, first: int, last: int) -> np.ndarray:
-    """Codes of column tiles [first, last), uint8 [K to 64, 64 (last - first)].
+def _padded_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:
+    """The words of all tiles, uint32 [K to 64 / P, N to 64].
 
     Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
     """
-    columns = slice(first * TILE, last * TILE)
-    codes = canonical.codes[:, columns]
-    shape = (spec.k_tiles * TILE, (last - first) * TILE)
-    if codes.shape == shape:
-        return codes
-    padded = np.full(shape, spec.symmetric_zero_point, np.uint8)
-    padded[: spec.k, : codes.shape[1]] = codes
+    words, factor = canonical.words, spec.pack_factor
+    shape = (spec.k_tiles * TILE // factor, spec.n_tiles * TILE)
+    if words.shape == shape and spec.k % factor == 0:
+        return words
+    one, zero_point = one_in_every_field(spec.bits), np.uint32(spec.symmetric_zero_point)
+    padded = np.full(shape, one * zero_point, np.uint32)
+    full, left = divmod(spec.k, factor)  # words of a column that are full, codes in the next one
+    padded[:full, : spec.n] = words[:full]
+    last_group = padded[-1:, : spec.n]
     if canonical.zero_points is not None:
-        padded[spec.k :, : codes.shape[1]] = canonical.zero_points[-1, columns]
+        last_group = one * canonical.zero_points[-1:].astype(np.uint32)
+    padded[full:, : spec.n] = last_group
+    if left:
+        live = np.uint32(2 ** (spec.bits * left) - 1)
+        padded[full, : spec.n] = (words[full] & live) | (last_group[0] & ~live)
     return padded

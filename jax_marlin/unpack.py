@@ -26,7 +26,7 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
 
     >>> import jax_marlin as jm, numpy as np
     >>> w = jm.quantize(np.linspace(-0.7, 0.7, 64 * 96).reshape(64, 96), dtype="float32")
-    >>> unpack_linear(w).codes.shape
+    >>> unpack_linear(w).shape
     (64, 96)
     """
     stack, spec = w.stack, w.stack.spec
@@ -47,10 +47,11 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
     bias = w.bias
     if bias is None and stack.bias is not None:
         bias = stack.bias[expert, start:stop]
-    return CanonicalLinear(
+    return CanonicalLinear.from_codes(
         codes[: spec.k, :n],
         grouped(stack.scales),
         None if stack.zero_points is None else grouped(stack.zero_points).astype(np.uint8),
         None if is_identity(perm) else perm,
         None if bias is None else np.asarray(bias),
+        bits=spec.bits,
     )

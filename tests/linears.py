@@ -17,12 +17,13 @@ def random_linear(
 ) -> CanonicalLinear:
     rng = np.random.default_rng(seed)
     groups = (spec.num_groups, spec.n)
-    return CanonicalLinear(
+    return CanonicalLinear.from_codes(
         codes=rng.integers(0, 2**spec.bits, (spec.k, spec.n), dtype=np.uint8),
         scales=rng.standard_normal(groups).astype(np.float32),  # of both signs
         zero_points=rng.integers(0, 2**spec.bits, groups, dtype=np.uint8) if asymmetric else None,
         perm=rng.permutation(spec.k).astype(np.int32) if act_order else None,
         bias=rng.standard_normal(spec.n).astype(np.float32) if bias else None,
+        bits=spec.bits,
     )
 
 

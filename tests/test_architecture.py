@@ -15,7 +15,7 @@ MAX_LINES = 300
 # A module may import, at module level, only modules of its own stage or an earlier one.
 PYTHON_STAGES = [
     {"quant_spec"},
-    {"layout"},
+    {"layout", "words", "repack"},
     {"canonical"},
     {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},

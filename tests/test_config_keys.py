@@ -127,7 +127,7 @@ def test_shape_that_numpy_could_not_hold(tmp_path, right, wrong):
         open_checkpoint(with_extra(tmp_path / "wrong", shape=wrong))
 
 
-@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 3000])
+@pytest.mark.parametrize("pattern", ["a{99999999999}", "(" * 900])
 def test_pattern_that_does_not_compile(tmp_path, pattern):
     config = quantization(dynamic={pattern: {"bits": 8}})
     with pytest.raises(ValueError, match=r"open_checkpoint: .* is not a regular expression"):

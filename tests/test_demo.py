@@ -18,6 +18,7 @@ from tiny_gguf import INNER, LAYERS, TOKENS, random_weights, write_gguf  # noqa:
 import jax_marlin as jm  # noqa: E402
 from jax_marlin import cli  # noqa: E402
 from jax_marlin.checkpoints import save_checkpoint  # noqa: E402
+from jax_marlin.checkpoints.packed_cache import cache_directory  # noqa: E402
 from jax_marlin.demo import build, source  # noqa: E402
 from jax_marlin.demo.gguf_llama import GgufLlama  # noqa: E402
 from jax_marlin.demo.upcycle import Recipe, balance, upcycle  # noqa: E402
@@ -207,7 +208,7 @@ def test_cache_directory(monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert build.cache_directory().as_posix() == expected
+    assert cache_directory().as_posix() == expected
 
 
 def fake_pip(monkeypatch, *, fails):

@@ -175,5 +175,5 @@ def test_a_file_cut_after_it_was_opened(tmp_path):
     whole = path.read_bytes()
     for length in (len(whole) - 600, 400, 3):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"tensor .*(the file was changed, open|unreadable)"):
+        with pytest.raises(ValueError, match=r"tensor .*the file was changed, open"):
             checkpoint.load_linear(MODULE)

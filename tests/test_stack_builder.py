@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from linears import SPEC, assert_dense, build, random_linear
 
-from jax_marlin.canonical import concat_columns
+from jax_marlin.canonical import CanonicalLinear, concat_columns
 from jax_marlin.layout import unpack_columns, unpack_tiles
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.stack_builder import StackBuilder
@@ -85,7 +85,7 @@ def test_gate_and_up_written_apart_equal_gate_up_written_whole():
     builder = StackBuilder(1, SPEC, np.float32)
     builder.set_expert(0, gate, columns=slice(0, 64))
     builder.set_expert(0, up, columns=slice(64, None))
-    apart, whole = builder.finish(), build([concat_columns(gate, up, bits=4)])
+    apart, whole = builder.finish(), build([concat_columns(gate, up)])
     for name in ("qweight", "scales", "zero_points", "bias"):
         np.testing.assert_array_equal(
             np.asarray(getattr(apart, name)), np.asarray(getattr(whole, name))
@@ -97,7 +97,7 @@ def test_halves_with_different_permutations_are_refused_and_equal_ones_accepted(
     gate, up = (random_linear(seed, half, act_order=True) for seed in (0, 1))
     with pytest.raises(ValueError, match=r"layer.up: .*keep gate and up as a pair of stacks"):
         builder = StackBuilder(2, QuantSpec.create(bits=4, group_size=32, k=96, n=160), np.float32)
-        first = dataclasses.replace(gate, codes=gate.codes[:, :64], scales=gate.scales[:, :64])
+        first = dataclasses.replace(gate, words=gate.words[:, :64], scales=gate.scales[:, :64])
         builder.set_expert(1, first, columns=slice(64))
         builder.set_expert(1, up, "layer.up", columns=slice(64, 160))
     with pytest.raises(ValueError, match=r"layer.e: .*keep them as a pair"):
@@ -106,16 +106,12 @@ def test_halves_with_different_permutations_are_refused_and_equal_ones_accepted(
     assert_dense(build([concat_columns(gate, up)]), [concat_columns(gate, up)])
 
 
-def test_joining_a_symmetric_and_an_asymmetric_part_needs_bits():
-    a, b = random_linear(0, asymmetric=True), random_linear(1)
-    with pytest.raises(ValueError, match="one weight is symmetric and the other is not, pass bits"):
-        concat_columns(a, b)
-    joined = concat_columns(a, b, bits=4)
+def test_joining_a_symmetric_and_an_asymmetric_part():
+    joined = concat_columns(random_linear(0, asymmetric=True), random_linear(1))
     assert joined.zero_points is not None and (joined.zero_points[:, 192:] == 8).all()
-    with pytest.raises(
-        ValueError, match="concat_columns: the two weights have K, G = 96, 3 and 64, 2"
-    ):
-        concat_columns(a, random_linear(1, QuantSpec.create(bits=4, group_size=32, k=64, n=192)))
+    other_k = random_linear(1, QuantSpec.create(bits=4, group_size=32, k=64, n=192))
+    with pytest.raises(ValueError, match=r"have K, G, bits = \(96, 3, 4\) and \(64, 2, 4\)"):
+        concat_columns(random_linear(0), other_k)
 
 
 def test_leaves_are_aligned_and_handed_over_without_a_copy():
@@ -150,14 +146,10 @@ def test_missing_experts_and_columns_are_named():
 
 
 BAD_LINEARS = [
-    (
-        "codes",
-        np.zeros((96, 64), np.uint8),
-        ValueError,
-        r"codes has shape \(96, 64\), .*\(96, 192\)",
-    ),
-    ("codes", np.zeros((96, 192), np.int32), TypeError, "codes has dtype int32, expected uint8"),
-    ("codes", np.full((96, 192), 16, np.uint8), ValueError, "holds 16, expected values below 16"),
+    ("words", np.zeros((12, 64), np.uint32), ValueError, r"shape \(96, 64\), .*\(96, 192\)"),
+    ("words", np.zeros((11, 192), np.uint32), ValueError, r"words has shape .*\(12, 192\)"),
+    ("words", np.zeros((12, 192), np.int32), TypeError, "words have dtype int32, expected uint32"),
+    ("bits", 8, ValueError, r"codes have 8 bits and shape \(96, 192\), expected 4"),
     ("scales", np.ones((6, 192), np.float16), ValueError, r"scales has shape \(6, .*= \(3, 192\)"),
     ("scales", np.ones((3, 192)), TypeError, "scales has dtype float64"),
     ("scales", np.full((3, 192), np.nan, np.float32), ValueError, r"576 .* not finite.*\(0, 0\)"),
@@ -175,6 +167,15 @@ def test_bad_linears_are_refused_by_module_name(name, array, error, message):
         builder.set_expert(
             0, dataclasses.replace(random_linear(0), **{name: array}), "model.up_proj"
         )
+
+
+def test_bad_codes_are_refused():
+    for codes, error, message in [
+        (np.zeros((96, 192), np.int32), TypeError, "codes has dtype int32, expected uint8"),
+        (np.full((96, 192), 16, np.uint8), ValueError, "codes holds 16, expected values below 16"),
+    ]:
+        with pytest.raises(error, match=f"up_proj: {message}"):
+            CanonicalLinear.from_codes(codes, np.ones((3, 192)), bits=4, where="up_proj")
 
 
 def test_bad_arguments_of_the_builder_are_refused():

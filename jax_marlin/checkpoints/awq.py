@@ -31,6 +31,7 @@ from jax_marlin.checkpoints.quantize_config import (
 )
 from jax_marlin.checkpoints.safetensors_header import TensorInfo
 from jax_marlin.quant_spec import QuantSpec
+from jax_marlin.words import exchange
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _SYMMETRIC = 8
@@ -123,8 +124,9 @@ def _canonical(
         if quantization.symmetric is not False and not wrong.size:
             zero_points = None
     canonical = CanonicalLinear(
-        _unpack(parts["qweight"]), parts["scales"], zero_points, None, parts.get("bias")
-    )
+        _words_along_k(parts["qweight"]), parts["scales"], zero_points, None, parts.get("bias"),
+        bits=4, k=shape[0],
+    )  # fmt: skip
     canonical.check(spec, where)
     return canonical
 
@@ -136,6 +138,29 @@ def _unpack(words: np.ndarray) -> np.ndarray:
     for column, place in enumerate(_PLACES):
         codes[..., column] = (words >> np.uint32(4 * place)) & np.uint32(15)
     return codes.reshape(words.shape[0], -1)
+
+
+def _words_along_k(qweight: np.ndarray) -> np.ndarray:
+    """int32 [K, N / 8], words of 8 neighbours along N, to uint32 [ceil(K / 8), N], along K.
+
+    Eight words below each other are an 8 x 8 matrix of nibbles, and this is its transpose: each bit
+    of the row index changes places with a bit of the place in the word.
+    """
+    k, n_words = qweight.shape
+    rows = -(-k // 8)
+    matrix = np.zeros((8, rows, n_words), np.uint32)  # [row of the matrix, matrices]
+    for row in range(8):
+        part = qweight[row::8].view(np.uint32)  # the last matrices may lack some
+        matrix[row, : part.shape[0]] = part
+    scratch = np.empty_like(matrix[0])
+    for distance in (4, 2, 1):
+        for row in range(8):
+            if not row & distance:
+                exchange(matrix[row], matrix[row + distance], 4 * distance, scratch)
+    words = np.empty((rows, n_words, 8), np.uint32)
+    for column, place in enumerate(_PLACES):
+        words[..., column] = matrix[place]
+    return words.reshape(rows, -1)
 
 
 AWQ = Format("awq", "qweight", "scales", "", _layout, _canonical)

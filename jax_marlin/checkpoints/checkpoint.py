@@ -10,12 +10,13 @@ from types import TracebackType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear
-from jax_marlin.checkpoints import dense_experts, expert_stack, json_file
-from jax_marlin.checkpoints.config_files import read_quantize_config
-from jax_marlin.checkpoints.modules import ModuleInfo, find_modules
+from jax_marlin.checkpoints import dense_experts, expert_stack
+from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.packed_cache import PackedCache, cache_directory
 from jax_marlin.checkpoints.progress import Progress, counter
 from jax_marlin.checkpoints.quantize_config import QuantizeConfig
 from jax_marlin.checkpoints.quantized_module import read_canonical, read_dense
@@ -23,50 +24,6 @@ from jax_marlin.checkpoints.safetensors_header import FLOATS
 from jax_marlin.checkpoints.shards import Shards
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.weights import MarlinExpertStack, MarlinLinear
-
-
-def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Opens a quantized or unquantized directory; reads headers, no weights.
-
-    Which modules are quantized is seen from their tensors; the config says with what parameters. Of
-    compressed-tensors the two numbers of each `weight_shape` are read too. GPTQ, AWQ,
-    compressed-tensors (pack-quantized) and AutoRound weights stay packed; MXFP4, NVFP4 and FP8
-    weights are dequantized when they are loaded.
-
-    Args:
-        path: directory with config.json and .safetensors files, sharded (with an index) or not.
-
-    Returns:
-        A `Checkpoint`; close it, or use it in a `with` statement.
-
-    Raises:
-        ValueError: files are missing, truncated or contradict each other; the message names the
-            file and the tensor.
-        NotImplementedError: a method, format or number of bits that does not load.
-
-    >>> import pathlib, jax_marlin
-    >>> path = pathlib.Path(jax_marlin.__file__).parent / "data" / "qwen3moe-gptq-sym-g128"
-    >>> with open_checkpoint(path) as checkpoint:
-    ...     w = checkpoint.load_linear("model.layers.0.self_attn.q_proj")
-    >>> checkpoint.format, w.shape
-    ('gptq', (256, 256))
-    """
-    directory = pathlib.Path(path)
-    if not directory.is_dir():
-        raise ValueError(
-            f"open_checkpoint: {directory} is not a directory; pass the folder with config.json"
-        )
-    config_path = directory / "config.json"
-    config = json_file.read_object(config_path) if config_path.is_file() else {}
-    quantization = read_quantize_config(directory, config)
-    shards = Shards(directory)
-    return Checkpoint(
-        directory,
-        config,
-        quantization,
-        shards,
-        find_modules(shards.tensors, quantization, shards.read),
-    )
 
 
 class Checkpoint:
@@ -92,6 +49,7 @@ class Checkpoint:
         self.quantization = quantization
         self.shards = shards
         self.modules = modules
+        self._cache: PackedCache | None = None
 
     @property
     def format(self) -> str:
@@ -166,7 +124,7 @@ class Checkpoint:
         """
         info = self._info(module, "load_linear")
         if info.is_packed:
-            return self._load_packed([(module,)], dtype, progress)[0]
+            return self._load_packed([(module,)], dtype, None, progress)[0]
         weight = dense_experts.load_weight(info, self.shards.read, dtype)
         counter(progress)()
         return weight
@@ -176,13 +134,22 @@ class Checkpoint:
         experts: Sequence[str | Sequence[str]],
         dtype: DTypeLike | None = None,
         *,
+        sharding: NamedSharding | None = None,
         progress: Progress | None = None,
     ) -> MarlinExpertStack | DenseExpertStack:
-        """Loads experts into one stack; peak host memory is the stack plus one expert.
+        """Loads experts into one stack; peak host memory is the stack plus one expert a thread.
+
+        With a `sharding`, a process reads the weights of those experts alone that its devices hold,
+        and each part of the stack moves to its device as soon as it is complete. (Of act-order
+        checkpoints every process reads all g_idx: which leaves there are depends on them.)
 
         Args:
             experts: for each expert its module, or several (gate, up) to put side by side along N.
             dtype: compute dtype; None keeps that of the scales, which then must have one dtype.
+            sharding: how devices share the stack. Its axes are those of `qweight`: experts, tiles
+                of N, tiles of K; the other leaves follow. `NamedSharding(mesh, P("expert"))` gives
+                each device whole experts, the only split of a `DenseExpertStack`. None: the
+                default device.
             progress: told of each expert's modules when they are loaded.
 
         Returns:
@@ -192,16 +159,23 @@ class Checkpoint:
         Raises:
             ValueError: experts are missing, or differ in shape, bits, group size or (without
                 `dtype`) dtype, or modules to put side by side gather their inputs differently
-                (act-order): see `can_fuse`.
-            NotImplementedError: some of the experts are packed and some not.
+                (act-order): see `can_fuse`; or `sharding` does not divide the experts, or cuts a
+                tile, a group, or the K of weights in act-order.
+            NotImplementedError: some of the experts are packed and some not, or `sharding` splits
+                more than the experts of a `DenseExpertStack`.
         """
         names = [(expert,) if isinstance(expert, str) else tuple(expert) for expert in experts]
         where = "Checkpoint.load_expert_stack"
         expert_stack.check_present(self.modules, names, where)
         if expert_stack.all_packed(self.modules, names, where):
-            return self._load_packed(names, dtype, progress)
+            return self._load_packed(names, dtype, sharding, progress)
         return dense_experts.load_dense_stack(
-            self.modules, names, self.shards.read, dtype=dtype, on_module=counter(progress)
+            self.modules,
+            names,
+            self.shards.read,
+            dtype=dtype,
+            sharding=sharding,
+            on_module=counter(progress),
         )
 
     def load_fused_stack(
@@ -210,6 +184,7 @@ class Checkpoint:
         dtype: DTypeLike | None = None,
         *,
         columns: np.ndarray | None = None,
+        sharding: NamedSharding | None = None,
         progress: Progress | None = None,
     ) -> DenseExpertStack:
         """Loads a module that holds all experts of a layer, as gpt-oss's do.
@@ -220,13 +195,16 @@ class Checkpoint:
             module: its name, `model.layers.0.mlp.experts.gate_up_proj` say.
             dtype: compute dtype; None means bfloat16.
             columns: the order of the columns, ints below N; None leaves them as stored.
+            sharding: how devices share the experts, as in `load_expert_stack`.
             progress: told of the module when it is loaded.
 
         Raises:
             ValueError: there is no such module, it holds no experts, or its tensors are damaged.
         """
         info = self._info(module, "load_fused_stack")
-        stack = dense_experts.load_fused_stack(info, self.shards.read, dtype=dtype, columns=columns)
+        stack = dense_experts.load_fused_stack(
+            info, self.shards.read, dtype=dtype, columns=columns, sharding=sharding
+        )
         counter(progress)()
         return stack
 
@@ -235,11 +213,12 @@ class Checkpoint:
         experts: Sequence[Sequence[str]],
         dtype: DTypeLike | None = None,
         *,
+        sharding: NamedSharding | None = None,
         progress: Progress | None = None,
     ) -> tuple[MarlinExpertStack | DenseExpertStack, ...]:
         """Like `load_expert_stack`, a stack for each position: `[(gate, up), ...]` gives two."""
         return tuple(
-            self.load_expert_stack(column, dtype, progress=progress)
+            self.load_expert_stack(column, dtype, sharding=sharding, progress=progress)
             for column in zip(*experts, strict=True)
         )
 
@@ -251,9 +230,17 @@ class Checkpoint:
         """
         return expert_stack.can_fuse(self.modules, experts, self.shards.read)
 
+    def keep_packed(self, directory: str | os.PathLike | None = None) -> None:
+        """From now on packed weights are written to a cache, and read from it where they are there.
+
+        Args:
+            directory: the cache; None means `$JAX_MARLIN_CACHE`, or the user's cache directory.
+        """
+        root = cache_directory() if directory is None else pathlib.Path(directory)
+        self._cache = PackedCache(root, self.path, self.shards.tensors)
+
     def close(self) -> None:
-        """Closes the files; reading afterwards opens them again."""
-        self.shards.close()
+        """Nothing stays open between reads: this is here for the `with` statement."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -272,13 +259,19 @@ class Checkpoint:
         )
 
     def _load_packed(
-        self, names: Sequence[Sequence[str]], dtype: DTypeLike | None, progress: Progress | None
+        self,
+        names: Sequence[Sequence[str]],
+        dtype: DTypeLike | None,
+        sharding: NamedSharding | None,
+        progress: Progress | None,
     ) -> MarlinExpertStack:
         return expert_stack.load_expert_stack(
             self.modules,
             names,
-            lambda name: read_canonical(self.modules[name], self.shards.read),
+            self.shards.read,
             dtype=dtype,
+            sharding=sharding,
+            cache=self._cache,
             on_module=counter(progress),
         )
 

@@ -7,11 +7,11 @@ vllm-project/compressed-tensors. Every key is checked: one that could change the
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
-from jax_marlin.checkpoints.config_keys import check_regex, warn_activations
+from jax_marlin.checkpoints.config_keys import warn_activations
 from jax_marlin.checkpoints.float_schemes import FLOAT_FORMATS, float_scheme
+from jax_marlin.checkpoints.patterns import check_regex, matches
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization, QuantizeConfig, override
 
 FORMAT = "pack-quantized"
@@ -63,7 +63,7 @@ class CompressedTensorsConfig(QuantizeConfig):
         by_regex = [
             scheme
             for target, scheme in self.groups
-            if target.startswith("re:") and re.match(target.removeprefix("re:"), module)
+            if target.startswith("re:") and matches(target.removeprefix("re:"), module)
         ]
         by_class = [scheme for target, scheme in self.groups if _is_linear_class(target)]
         found = by_name or by_regex or by_class

@@ -6,7 +6,6 @@ three lists is refused by name, since ignoring it could change the result.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Mapping
 
@@ -62,14 +61,6 @@ def check_known(raw: Mapping, known: Collection[str], where: str) -> None:
                 f"{where}: unknown key {key!r} (value {value!r}), expected one of "
                 f"{', '.join(known)}; remove it if it changes nothing"
             )
-
-
-def check_regex(pattern: str, where: str) -> None:
-    """Raises unless `pattern` is a regular expression; `where` ends with what it is to the user."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{where} is not a regular expression: {error}; correct it") from error
 
 
 def warn_activations(where: str, what: str) -> None:

@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jax_marlin.checkpoints.module_format import Read
 from jax_marlin.checkpoints.modules import ModuleInfo
+from jax_marlin.checkpoints.placement import Leaves, place_experts
 from jax_marlin.checkpoints.quantized_module import dequantized_experts, read_dense
+from jax_marlin.checkpoints.workers import in_threads
 from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.host_arrays import aligned_zeros
 from jax_marlin.linear import compute_dtype
 
 _WHERE = "Checkpoint.load_expert_stack"
@@ -33,6 +37,7 @@ def load_dense_stack(
     read: Read,
     *,
     dtype: DTypeLike | None,
+    sharding: NamedSharding | None,
     on_module: Callable[[], object],
 ) -> DenseExpertStack:
     """Puts experts[e] = (module, ...), columns side by side, into slot e of one stack.
@@ -42,6 +47,7 @@ def load_dense_stack(
         experts: for each expert the names of its modules, left to right along N.
         read: gives a tensor as stored.
         dtype: compute dtype; None keeps that of stored floats, bfloat16 for those dequantized.
+        sharding: see `Checkpoint.load_expert_stack`.
         on_module: called after each module.
 
     Raises:
@@ -65,21 +71,35 @@ def load_dense_stack(
     )
     chosen = compute_dtype(chosen, _WHERE)
     starts = np.cumsum([0, *(shape[1] for shape in first)]).tolist()
-    weight = np.empty((len(experts), first[0][0], starts[-1]), chosen)
     with_bias = any("bias" in modules[name].tensors for names in experts for name in names)
-    bias = np.zeros((len(experts), starts[-1]), chosen) if with_bias else None
-    for e, names in enumerate(experts):
-        for name, start, stop in zip(names, starts[:-1], starts[1:], strict=True):
-            info = modules[name]
-            weight[e, :, start:stop] = cast(read_dense(info, read), chosen, f"{name}.weight")
-            if bias is not None and "bias" in info.tensors:
-                bias[e, start:stop] = _read_bias(info, read, chosen)
-            on_module()
-    return DenseExpertStack(jnp.asarray(weight), None if bias is None else jnp.asarray(bias))
+
+    def build(held: range) -> Leaves:
+        weight = aligned_zeros((len(held), first[0][0], starts[-1]), chosen)
+        bias = aligned_zeros((len(held), starts[-1]), chosen) if with_bias else None
+
+        def read_expert(e: int) -> None:
+            i = held.index(e)
+            for name, start, stop in zip(experts[e], starts[:-1], starts[1:], strict=True):
+                info = modules[name]
+                weight[i, :, start:stop] = cast(read_dense(info, read), chosen, f"{name}.weight")
+                if bias is not None and "bias" in info.tensors:
+                    bias[i, start:stop] = _read_bias(info, read, chosen)
+
+        for e in in_threads(read_expert, held):
+            for _ in experts[e]:
+                on_module()
+        return {"weight": weight, "bias": bias}
+
+    return DenseExpertStack(**place_experts(sharding, len(experts), build, _WHERE))
 
 
 def load_fused_stack(
-    info: ModuleInfo, read: Read, *, dtype: DTypeLike | None, columns: np.ndarray | None
+    info: ModuleInfo,
+    read: Read,
+    *,
+    dtype: DTypeLike | None,
+    columns: np.ndarray | None,
+    sharding: NamedSharding | None,
 ) -> DenseExpertStack:
     """The stack of a module that holds all experts; see `Checkpoint.load_fused_stack`."""
     where = "Checkpoint.load_fused_stack"
@@ -90,13 +110,18 @@ def load_fused_stack(
         )
     chosen = compute_dtype(default_dtype([info]) if dtype is None else dtype, where)
     order = np.arange(info.shape[-1]) if columns is None else columns
-    weight = np.empty((*info.shape[:2], len(order)), chosen)
-    for e, one in enumerate(dequantized_experts(info, read)):
-        weight[e] = cast(one[:, order], chosen, f"{info.name}, expert {e},")
-    bias = None
-    if "bias" in info.tensors:
-        bias = jnp.asarray(_read_bias(info, read, chosen)[:, order])
-    return DenseExpertStack(jnp.asarray(weight), bias)
+
+    def build(held: range) -> Leaves:
+        weight = aligned_zeros((len(held), info.shape[1], len(order)), chosen)
+        one_by_one = dequantized_experts(info, read, held)
+        for i, (e, one) in enumerate(zip(held, one_by_one, strict=True)):
+            weight[i] = cast(one[:, order], chosen, f"{info.name}, expert {e},")
+        bias = None
+        if "bias" in info.tensors:
+            bias = _read_bias(info, read, chosen)[held.start : held.stop, order]
+        return {"weight": weight, "bias": bias}
+
+    return DenseExpertStack(**place_experts(sharding, info.shape[0], build, where))
 
 
 def _read_bias(info: ModuleInfo, read: Read, dtype: DTypeLike) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -102,7 +103,6 @@ def save_checkpoint(
             for module, part in _modules(name, weight, where):
                 tensors = canonical_to_gptq(
                     part,
-                    bits=spec.bits,
                     group_size=spec.group_size,
                     checkpoint_format=checkpoint_format,
                 )
@@ -186,10 +186,10 @@ def _columns(whole: CanonicalLinear, columns: slice) -> CanonicalLinear:
     def take(array: np.ndarray | None) -> np.ndarray | None:
         return None if array is None else np.ascontiguousarray(array[..., columns])
 
-    return CanonicalLinear(
-        whole.codes[:, columns],
-        whole.scales[:, columns],
-        take(whole.zero_points),
-        whole.perm,
-        take(whole.bias),
+    return dataclasses.replace(
+        whole,
+        words=whole.words[:, columns],
+        scales=whole.scales[:, columns],
+        zero_points=take(whole.zero_points),
+        bias=take(whole.bias),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Mapping
 
 from jax_marlin.checkpoints.formats import FORMATS
@@ -14,6 +15,7 @@ from jax_marlin.checkpoints.safetensors_header import FLOATS, TensorInfo
 
 # gpt-oss: all experts' gate_up_proj are one module, though no dot separates it from its parts
 _FUSED = re.compile(r"(?P<module>.+)_(?P<part>blocks|scales|bias)")
+_MAX_SECONDS = 100  # on a processor, to sort modules; 20,000 of them take one or two
 # Ends of names that other formats write; without their config they would pass for plain tensors.
 _FOREIGN = (
     "weight_packed weight_scale weight_scale_inv weight_scale_2 weight_shape weight_zero_point "
@@ -87,7 +89,16 @@ def find_modules(
         if match and f"{match['module']}_blocks" in tensors:
             module, part = match["module"], match["part"]
         groups.setdefault(module, {})[part] = tensors[name]
-    return {name: _module(name, parts, config, read) for name, parts in groups.items()}
+    modules: dict[str, ModuleInfo] = {}
+    started = time.thread_time()
+    for name, parts in groups.items():
+        modules[name] = _module(name, parts, config, read)
+        if time.thread_time() - started > _MAX_SECONDS:
+            raise ValueError(
+                f"open_checkpoint: sorting {len(groups)} modules by the rules of the quantization "
+                f"config took more than {_MAX_SECONDS} s; write rules with fewer repetitions"
+            )
+    return modules
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -8,7 +8,7 @@ class Progress(Protocol):
     """What a loader tells how far it is; `tqdm.tqdm(total=...)` is one."""
 
     def update(self, n: int) -> object:
-        """`n` more modules are loaded."""
+        """`n` more modules, or bytes of a model, are loaded."""
 
 
 def counter(progress: Progress | None) -> Callable[[], object]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
-from jax_marlin.checkpoints.config_keys import ACTED_ON, PER_MODULE, REMEDY, check_keys, check_regex
+from jax_marlin.checkpoints.config_keys import ACTED_ON, PER_MODULE, REMEDY, check_keys
+from jax_marlin.checkpoints.patterns import check_regex, matches
 
 _FORMATS = ("gptq", "gptq_v2")
 
@@ -84,7 +84,7 @@ class QuantizeConfig:
             if pattern.startswith("-:"):
                 continue
             pattern = pattern.removeprefix("+:")
-            if pattern == module or re.match(pattern, module):
+            if pattern == module or matches(pattern, module):
                 return override(self.base, overrides, f"dynamic rule {pattern!r}")
         return self.base
 

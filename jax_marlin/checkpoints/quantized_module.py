@@ -39,8 +39,10 @@ def read_dense(info: ModuleInfo, read: Read) -> np.ndarray:
     return next(dequantized_experts(info, read))
 
 
-def dequantized_experts(info: ModuleInfo, read: Read) -> Iterator[np.ndarray]:
-    """float32 [K, N] of each expert of a fused module, or of the one weight of another."""
+def dequantized_experts(
+    info: ModuleInfo, read: Read, experts: range | None = None
+) -> Iterator[np.ndarray]:
+    """float32 [K, N] of each expert of a fused module, or of some; or of another's one weight."""
     module_format, quantization = _format_of(info)
     if module_format.dequantize is None:
         raise ValueError(f"Checkpoint: module {info.name} stays packed, expected a dequantized one")
@@ -49,7 +51,7 @@ def dequantized_experts(info: ModuleInfo, read: Read) -> Iterator[np.ndarray]:
     if len(info.shape) == 2:
         yield module_format.dequantize(arrays, quantization, where)
         return
-    for e in range(info.shape[0]):
+    for e in range(info.shape[0]) if experts is None else experts:
         one = {part: array[e] for part, array in arrays.items()}
         yield module_format.dequantize(one, quantization, f"{where}, expert {e}")
 
@@ -69,6 +71,12 @@ def spec_of(info: ModuleInfo) -> QuantSpec:
 def scales_of(info: ModuleInfo) -> TensorInfo:
     """The header entry of a quantized module's scales."""
     return info.tensors[_format_of(info)[0].scales]
+
+
+def may_have_zero_points(info: ModuleInfo) -> bool:
+    """Whether a packed module may be asymmetric, by its header and config."""
+    stored = "qzeros" in info.tensors or "weight_zero_point" in info.tensors
+    return stored and info.quantization is not None and info.quantization.symmetric is not True
 
 
 def group_index(info: ModuleInfo, read: Read) -> np.ndarray:

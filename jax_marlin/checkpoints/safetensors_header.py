@@ -13,8 +13,6 @@ import math
 import pathlib
 import struct
 
-import numpy as np
-
 from jax_marlin.checkpoints import json_file
 
 # Bits of one element, for every dtype that the safetensors format names.
@@ -33,7 +31,7 @@ _MAX_ELEMENTS = 2**56  # NumPy counts their bytes in int64, also of shapes with 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; offsets are bytes from the start of the file's data."""
+    """What a header says of one tensor; `start` and `stop` are bytes from the file's beginning."""
 
     name: str
     dtype: str  # the format's spelling: "I32", "F16", "BF16", ...
@@ -77,25 +75,11 @@ def read_header(path: pathlib.Path) -> dict[str, TensorInfo]:
     entries.pop("__metadata__", None)
     infos = {name: _tensor_info(name, entry, path) for name, entry in entries.items()}
     _check_coverage(infos, file_bytes - 8 - header_bytes, where)
-    return infos
-
-
-def read_bytes(info: TensorInfo) -> np.ndarray:
-    """The data of one tensor as uint8 [nbytes]; its header was checked by `read_header`.
-
-    Raises:
-        ValueError: the file has become shorter.
-    """
-    with info.path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        file.seek(8 + header_bytes + info.start)
-        data = np.fromfile(file, np.uint8, info.nbytes)
-    if data.size != info.nbytes:
-        raise ValueError(
-            f"Checkpoint: {info.path}: tensor {info.name} has {data.size} bytes, expected "
-            f"{info.nbytes}; the file was changed, open the checkpoint again"
-        )
-    return data
+    first = 8 + header_bytes
+    return {
+        name: dataclasses.replace(info, start=first + info.start, stop=first + info.stop)
+        for name, info in infos.items()
+    }
 
 
 def _tensor_info(name: str, entry: object, path: pathlib.Path) -> TensorInfo:

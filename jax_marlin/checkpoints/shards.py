@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import re
+from typing import Any
 
-import ml_dtypes  # also registers "bfloat16": without it safetensors cannot return BF16 arrays
+import ml_dtypes
 import numpy as np
-import safetensors
 
 from jax_marlin.checkpoints import json_file
-from jax_marlin.checkpoints.safetensors_header import TensorInfo, read_bytes, read_header
+from jax_marlin.checkpoints.safetensors_header import TensorInfo, read_header
 
-# What safetensors finds no NumPy dtype for
-_SMALL_FLOATS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E8M0": ml_dtypes.float8_e8m0fnu}
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu, "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+    "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "F64": np.float64,
+    "C64": np.complex64,
+}  # fmt: skip
+_MOST_AT_ONCE = 2**30  # bytes that every system reads in one call
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _MAX_NAME_BYTES = 255  # of a file system
 
 
 class Shards:
-    """Tensors by name over all files; headers are read at once, data only in `read`."""
+    """Tensors by name over all files; headers are read at once, data only in `read`.
+
+    Data is read, not mapped: pages of a mapped file count as memory of the process until the system
+    wants them back, and a peak that grows with the file cannot be told from a leak.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
         weight_map, paths = _find_files(directory)
         self.paths = tuple(paths)
         self.tensors: dict[str, TensorInfo] = {}
-        self._open_files: dict[pathlib.Path, safetensors.safe_open] = {}
-        self._exit = contextlib.ExitStack()
         for path in paths:
             for name, info in read_header(path).items():
                 if name in self.tensors:
@@ -51,26 +60,33 @@ class Shards:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor in its stored dtype (BF16 as `ml_dtypes.bfloat16`) and shape."""
-        info = self.tensors[name]
-        if info.dtype in _SMALL_FLOATS:
-            return read_bytes(info).view(_SMALL_FLOATS[info.dtype]).reshape(info.shape)
-        try:
-            file = self._open_files.get(info.path)
-            if file is None:
-                file = self._exit.enter_context(
-                    safetensors.safe_open(str(info.path), framework="numpy")
-                )
-                self._open_files[info.path] = file
-            return file.get_tensor(name)
-        except (safetensors.SafetensorError, TypeError) as error:
-            raise ValueError(
-                f"Checkpoint: {info.path}: tensor {name} ({info.dtype}) unreadable: {error}"
-            ) from error
+        """Reads one tensor in its stored dtype (BF16 as `ml_dtypes.bfloat16`) and shape.
 
-    def close(self) -> None:
-        self._open_files.clear()
-        self._exit.close()
+        Threads may read at the same time.
+
+        Raises:
+            ValueError: NumPy has no such dtype, or the file was changed since it was opened.
+        """
+        info = self.tensors[name]
+        where = f"Checkpoint: {info.path}: tensor {name} ({info.dtype})"
+        if info.dtype not in _DTYPES:
+            raise ValueError(f"{where} has a dtype that NumPy lacks, expected {', '.join(_DTYPES)}")
+        data = np.empty(info.nbytes, np.uint8)
+        view: Any = data  # NumPy's stubs do not tell that an array is a buffer
+        done = 0
+        try:
+            with info.path.open("rb", buffering=0) as file:
+                file.seek(info.start)
+                while got := file.readinto(view[done : done + _MOST_AT_ONCE]):
+                    done += got
+        except OSError as error:
+            raise ValueError(f"{where} is unreadable: {error}") from error
+        if done < info.nbytes:
+            raise ValueError(
+                f"{where} has {done} bytes, expected {info.nbytes}; the file was changed, open the "
+                f"checkpoint again"
+            )
+        return data.view(_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def _find_files(directory: pathlib.Path) -> tuple[dict[str, str], list[pathlib.Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from jax_marlin.demo.source import smollm2_gguf
 from jax_marlin.demo.upcycle import Recipe, balance, upcycle
 from jax_marlin.quantize import quantize
 
-CACHE_VARIABLE = "JAX_MARLIN_CACHE"
 # Any change of what is written here needs another name.
 _NAME = "smollm2-135m-instruct-upcycled-8x-int4-v1"
 _RECIPE = Recipe()
@@ -29,15 +27,6 @@ ABOUT = (
     f"{_RECIPE.shards}, of which a token passes {_RECIPE.shards} that make one copy. No expert was "
     "trained:\nit exercises a mixture of experts and is no better than the small model it was."
 )
-
-
-def cache_directory() -> pathlib.Path:
-    """`$JAX_MARLIN_CACHE`, or `jax_marlin` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return pathlib.Path(own)
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # the XDG specification has relative paths ignored
-    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "jax_marlin"
 
 
 def demo_checkpoint(cache: pathlib.Path, *, gguf: pathlib.Path | None = None) -> pathlib.Path:

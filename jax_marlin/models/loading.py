@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jax_marlin.checkpoints import open_checkpoint
 from jax_marlin.models import (
@@ -39,21 +40,37 @@ _FAMILIES = {
 }
 
 
-def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None) -> CausalLM:
-    """Loads a checkpoint directory as a model on the default device.
+def load(
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    sharding: NamedSharding | None = None,
+    cache: bool | str | os.PathLike[str] = False,
+    progress: bool = False,
+) -> CausalLM:
+    """Loads a checkpoint directory as a model, on the default device or where `sharding` says.
 
     Modules in formats that kernels read (GPTQ, AWQ, compressed-tensors' pack-quantized) stay
     packed; MXFP4, NVFP4 and FP8 are dequantized to `dtype`, experts into a `DenseExpertStack`.
     Whether a module is quantized is read from its tensors, so attention, experts and lm_head may
     be either. Both generations of config keys are read (`num_experts` or `num_local_experts`,
-    `rope_theta` or `rope_parameters`). Peak host memory is the loaded model plus one expert, for
-    gpt-oss plus the stored experts of one layer.
+    `rope_theta` or `rope_parameters`). Peak host memory is what the host's devices hold plus one
+    expert a thread, for gpt-oss plus the stored experts of one layer; with devices of their own
+    memory one expert stack, or one device's part of it.
 
     Args:
         path: a directory with config.json and safetensors of a Llama, Mixtral, Qwen2-MoE, Qwen3,
             Qwen3-MoE, DeepSeek-V3 (R1, Kimi-K2) or gpt-oss model.
         dtype: compute dtype: float16 or bfloat16 (CUDA kernels), or float32 (plain JAX anywhere).
             None: the dtype that config.json names.
+        sharding: how devices share each stack of experts, as in `Checkpoint.load_expert_stack`:
+            `NamedSharding(mesh, PartitionSpec("expert"))` gives each device whole experts. Parts go
+            straight to their devices, and of several processes each reads the weights of its own
+            experts alone. Everything else is placed on every device of the mesh.
+        cache: a directory in which packed weights are kept, so that the next start reads them at
+            the speed of the disk; True means `$JAX_MARLIN_CACHE`, or the user's cache directory.
+            Weights of a checkpoint whose files or config changed in any way are packed anew.
+        progress: shows a tqdm bar of bytes on stderr.
 
     Returns:
         The model, a pytree: `model(input_ids)` gives logits, `generate(model, ids, n)` decodes.
@@ -71,9 +88,21 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
     >>> len(model.layers), model.layers[0].mlp.down.shape
     (2, (8, 128, 256))
     """
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint, contextlib.ExitStack() as stack:
         family, config = read_config(checkpoint.config)
-        reader = ModuleReader(checkpoint, _compute_dtype(checkpoint.config, dtype))
+        if cache:
+            checkpoint.keep_packed(None if cache is True else cache)
+        bar = None
+        if progress:
+            import tqdm  # a progress bar is no reason for the library to load it
+
+            bar = stack.enter_context(
+                tqdm.tqdm(
+                    total=checkpoint.nbytes, desc="loading", unit="B", unit_scale=True, leave=False
+                )
+            )
+        chosen = _compute_dtype(checkpoint.config, dtype)
+        reader = ModuleReader(checkpoint, chosen, sharding, bar)
         return read_model(reader, family, config)
 
 

@@ -1,14 +1,18 @@
 """Reads modules of a checkpoint by name and notes which, so that a forgotten tensor is noticed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jax_marlin.act_order import fold_act_order
 from jax_marlin.checkpoints import Checkpoint
+from jax_marlin.checkpoints.placement import replicate
+from jax_marlin.checkpoints.progress import Progress
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.linear import MarlinLinear
 from jax_marlin.models.layers import DenseLinear, Linear, SideBySide
@@ -19,8 +23,16 @@ from jax_marlin.weights import MarlinExpertStack
 class ModuleReader:
     """A checkpoint read for one model, each module in the shape that config.json gives it."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: jnp.dtype):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: jnp.dtype,
+        sharding: NamedSharding | None = None,
+        progress: Progress | None = None,
+    ):
+        """`sharding` is of expert stacks; all else is on every device of its mesh."""
         self._checkpoint, self._dtype = checkpoint, dtype
+        self._sharding, self._progress = sharding, progress
         self._names = set(checkpoint.names())
         self._modules_read: set[str] = set()
 
@@ -31,13 +43,14 @@ class ModuleReader:
     def linear(self, module: str, shape: tuple[int, int], needs_bias: bool = False) -> Linear:
         """One linear [K, N], packed if its tensors are, with the bias that lies beside them."""
         weight = self._checkpoint.load_linear(module, self._dtype)
-        self._modules_read.add(module)
+        self._note(module)
         self._check_shape(module, weight.shape, shape)
         if needs_bias:
             self._check_bias(module)
         if isinstance(weight, MarlinLinear):
-            return weight
-        return DenseLinear(weight.T, self._checkpoint.bias(module, self._dtype))
+            return self._everywhere(weight)
+        dense = DenseLinear(weight.T, self._checkpoint.bias(module, self._dtype))
+        return self._everywhere(dense)
 
     def side_by_side(
         self, widths: Mapping[str, int], k: int, needs_bias: bool = False
@@ -57,8 +70,8 @@ class ModuleReader:
                 self._check_bias(module)
         stack = self._checkpoint.load_expert_stack([modules], self._dtype)
         assert isinstance(stack, MarlinExpertStack)  # noqa: S101
-        self.mark_read(*modules)
-        return stack[0]
+        self._note(*modules)
+        return self._everywhere(stack[0])
 
     def _check_bias(self, module: str) -> None:
         if f"{module}.bias" not in self._names:
@@ -75,9 +88,9 @@ class ModuleReader:
     ) -> jax.Array:
         """The tensor `{module}.{part}`, in the compute dtype or another."""
         array = self._checkpoint.dense(f"{module}.{part}", dtype or self._dtype)
-        self._modules_read.add(module)
+        self._note(module)
         self._check_shape(module if part == "weight" else f"{module}.{part}", array.shape, shape)
-        return array
+        return self._everywhere(array)
 
     def fused_experts(
         self, module: str, shape: tuple[int, int, int], *, in_turn: bool = False
@@ -94,8 +107,10 @@ class ModuleReader:
             )
         self._check_shape(module, info.shape, shape)
         columns = np.arange(shape[2]).reshape(-1, 2).T.ravel() if in_turn else None
-        stack = self._checkpoint.load_fused_stack(module, self._dtype, columns=columns)
-        self._modules_read.add(module)
+        stack = self._checkpoint.load_fused_stack(
+            module, self._dtype, columns=columns, sharding=self._sharding
+        )
+        self._note(module)
         if stack.bias is None:
             raise ValueError(
                 f"models.load: {module} has no bias, expected one by the model's config.json"
@@ -123,21 +138,25 @@ class ModuleReader:
             )
         pairs = [tuple(f"{prefix}.{e}.{name}" for name in names[:2]) for e in range(num_experts)]
         downs = [f"{prefix}.{e}.{names[2]}" for e in range(num_experts)]
+        how: dict[str, Any] = {"sharding": self._sharding}
         if self._checkpoint.can_fuse(pairs):
-            gate_up = self._checkpoint.load_expert_stack(pairs, self._dtype)
+            gate_up = self._checkpoint.load_expert_stack(pairs, self._dtype, **how)
         else:
-            gate, up = self._checkpoint.load_expert_stacks(pairs, self._dtype)
+            gate, up = self._checkpoint.load_expert_stacks(pairs, self._dtype, **how)
             gate_up = (gate, up)
-        down = self._checkpoint.load_expert_stack(downs, self._dtype)
-        self.mark_read(*(name for pair in pairs for name in pair), *downs)
+        self._note(*(name for pair in pairs for name in pair))
+        down = self._checkpoint.load_expert_stack(downs, self._dtype, **how)
+        self._note(*downs)
         for part in gate_up if isinstance(gate_up, tuple) else (gate_up,):
             width = inner if isinstance(gate_up, tuple) else 2 * inner
             self._check_shape(f"{prefix} gate and up", part.shape, (num_experts, outer, width))
         self._check_shape(f"{prefix} down", down.shape, (num_experts, inner, outer))
         stacks = (*(gate_up if isinstance(gate_up, tuple) else (gate_up,)), down)
         packed = [stack for stack in stacks if isinstance(stack, MarlinExpertStack)]
-        if len(packed) < len(stacks):
-            return gate_up, down
+        if len(packed) < len(stacks) or not all(
+            leaf.is_fully_addressable for leaf in jax.tree.leaves(packed)
+        ):
+            return gate_up, down  # the latter: no process has all of down's row order
         # gate_up writes its columns in down's row order: only gate_up's input is gathered.
         if len(packed) == 3:
             return fold_act_order((packed[0], packed[1]), packed[2])
@@ -161,6 +180,16 @@ class ModuleReader:
             for tensor in info.tensors.values()
             if not tensor.name.endswith("rotary_emb.inv_freq")  # follows from rope_theta
         )
+
+    def _note(self, *modules: str) -> None:
+        """Accounts for modules that were read, to the progress bar as well."""
+        self._modules_read.update(modules)
+        if self._progress is not None:
+            infos = self._checkpoint.modules
+            self._progress.update(sum(infos[name].nbytes for name in modules if name in infos))
+
+    def _everywhere(self, tree: Any) -> Any:
+        return tree if self._sharding is None else replicate(tree, self._sharding.mesh)
 
     def _check_shape(self, module: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if got != expected:

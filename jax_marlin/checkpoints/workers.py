@@ -1,0 +1,35 @@
+"""Threads that read and pack experts side by side: NumPy lets go of the interpreter's lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+_MOST = 8  # beyond, threads wait for the interpreter's lock, and each holds one expert's tensors
+
+
+def in_threads(work: Callable[[T], object], items: Sequence[T]) -> Iterator[T]:
+    """Does `work` for all items, a few at a time, and yields each that is done, in order.
+
+    Raises:
+        Exception: what `work` raises for the first item for which it does; no further one begins.
+
+    >>> list(in_threads(str, range(3)))
+    [0, 1, 2]
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    count = min(count, _MOST, len(items))
+    if count < 2:
+        for item in items:
+            work(item)
+            yield item
+        return
+    with ThreadPoolExecutor(count, "jax_marlin") as pool:
+        for item, _ in zip(items, pool.map(work, items), strict=True):
+            yield item

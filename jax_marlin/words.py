@@ -1,0 +1,106 @@
+"""32-bit words of codes along K, as GPTQ stores them, and the exchanges that move codes in words.
+
+P = 32 / bits codes of one column share a word, the first in the lowest bits: uint32 [ceil(K/P), N].
+This is the form in which weights wait to be packed: half a byte a code, and what most files hold.
+
+Moving a code between words never takes it out of its word. Call the index bits of a code inside a
+word its places, and let a bit of the row index choose between two arrays x and y of words. Then
+`exchange` swaps that row bit with one place bit, for all words at once: a transpose of a 2 x 2
+matrix of half-words, bytes or nibbles in six vector instructions for two words.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# every second field of `shift` bits in a word, the lower ones
+_LOWER = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
+
+
+def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes to words.
+
+    Args:
+        codes: uint8 [K, N], below `2**bits`.
+        bits: 4 or 8.
+
+    Returns:
+        uint32 [ceil(K / P), N]; the last word of a column is filled with zeros.
+
+    >>> [hex(word) for word in pack_rows(np.arange(1, 10, dtype=np.uint8)[:, None], 4)[:, 0]]
+    ['0x87654321', '0x9']
+    """
+    k, n = codes.shape
+    fill = -k % (32 // bits)
+    if fill:
+        codes = np.concatenate([codes, np.zeros((fill, n), np.uint8)])
+    if bits == 4:
+        codes = codes[0::2] | (codes[1::2] << np.uint8(4))  # bytes of two rows
+    words = np.empty((codes.shape[0] // 4, n, 4), np.uint8)
+    for place in range(4):
+        words[..., place] = codes[place::4]
+    return words.view("<u4")[..., 0]
+
+
+def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
+    """Words to codes, uint32 [R, N] to uint8 [R * P, N]; the inverse of `pack_rows`.
+
+    >>> unpack_rows(np.array([[0x87654321]], np.uint32), 4)[:, 0].tolist()
+    [1, 2, 3, 4, 5, 6, 7, 8]
+    """
+    rows, n = words.shape
+    pieces = np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(rows, n, 4)
+    codes = np.empty((rows, 4, 8 // bits, n), np.uint8)
+    for place in range(4):
+        if bits == 8:
+            codes[:, place, 0] = pieces[..., place]
+            continue
+        both = np.ascontiguousarray(pieces[..., place])  # the arithmetic then runs on full vectors
+        np.bitwise_and(both, np.uint8(15), out=codes[:, place, 0])
+        np.right_shift(both, np.uint8(4), out=codes[:, place, 1])
+    return codes.reshape(-1, n)
+
+
+def one_in_every_field(bits: int) -> np.uint32:
+    """0x11111111 at 4 bit, 0x01010101 at 8: times a code, that code everywhere."""
+    return np.uint32(sum(1 << place for place in range(0, 32, bits)))
+
+
+def exchange(x: np.ndarray, y: np.ndarray, shift: int, scratch: np.ndarray) -> None:
+    """Swaps, in place, the upper fields of x with the lower fields of y, `shift` bits each.
+
+    Args:
+        x, y: uint32 of one shape.
+        shift: 4, 8 or 16.
+        scratch: uint32 of that shape; its contents are lost.
+
+    >>> x, y = np.array([0x1111AAAA], np.uint32), np.array([0xBBBB2222], np.uint32)
+    >>> exchange(x, y, 16, np.empty_like(x))
+    >>> hex(x[0]), hex(y[0])
+    ('0x2222aaaa', '0xbbbb1111')
+    """
+    by, lower = np.uint32(shift), np.uint32(_LOWER[shift])
+    np.right_shift(x, by, out=scratch)
+    np.bitwise_xor(scratch, y, out=scratch)
+    np.bitwise_and(scratch, lower, out=scratch)  # where the two differ
+    np.bitwise_xor(y, scratch, out=y)
+    np.left_shift(scratch, by, out=scratch)
+    np.bitwise_xor(x, scratch, out=x)
+
+
+def swap_places(x: np.ndarray, shift: int, scratch: np.ndarray) -> None:
+    """Swaps, in place, the two middle fields of four, `shift` bits each, in all of a word.
+
+    >>> x = np.array([0x44332211], np.uint32)
+    >>> swap_places(x, 8, np.empty_like(x))
+    >>> hex(x[0])
+    '0x44223311'
+    """
+    by = np.uint32(shift)
+    second = np.uint32({4: 0x00F000F0, 8: 0x0000FF00}[shift])
+    np.right_shift(x, by, out=scratch)
+    np.bitwise_xor(scratch, x, out=scratch)
+    np.bitwise_and(scratch, second, out=scratch)
+    np.bitwise_xor(x, scratch, out=x)
+    np.left_shift(scratch, by, out=scratch)
+    np.bitwise_xor(x, scratch, out=x)
