@@ -23,7 +23,7 @@ from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
 )
 from jax_marlin.weights import MarlinExpertStack
@@ -154,7 +154,11 @@ def _custom_call(
 # No batching rule: `moe_ffn`'s custom_vmap stands outside and folds a batch into tokens.
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(
-    _primitive, _default, _custom_call, _has_kernel, sharding_rules.moe_ffn(_primitive.bind)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    _default,
+    _custom_call,
+    _has_kernel,
+    sharding_rules.moe_ffn(_primitive.bind),
 )

@@ -18,7 +18,7 @@ from jax_marlin.ops.primitive import (
     has_kernel,
     map_sequentially,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
     set_batching,
 )
@@ -165,8 +165,12 @@ def _fold_stacks(weights, dims):
 
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(
-    _primitive, reference.matmul, _custom_call, has_kernel, sharding_rules.matmul(_primitive.bind)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    reference.matmul,
+    _custom_call,
+    has_kernel,
+    sharding_rules.matmul(_primitive.bind),
 )
 set_batching(_primitive, _batching)

@@ -21,7 +21,7 @@ from jax_marlin.ops.primitive import (
     has_kernel,
     map_sequentially,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
     set_batching,
 )
@@ -238,8 +238,12 @@ def _batching(operands, dims, **params):
 
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(
-    _primitive, _default, _custom_call, has_kernel, sharding_rules.moe_matmul(_primitive.bind)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    _default,
+    _custom_call,
+    has_kernel,
+    sharding_rules.moe_matmul(_primitive.bind),
 )
 set_batching(_primitive, _batching)

@@ -114,9 +114,9 @@ def _check_cut(name: str, axis: str, stacks: dict[str, Any]) -> None:
         weight = stack.weight if isinstance(stack, DenseExpertStack) else stack.qweight
         if axis not in _varying(weight):
             raise ValueError(
-                f"{_WHERE}: {stack_name} is the same on all devices of {name} {axis!r}; call "
-                "inside jax.shard_map, with in_specs of jax_marlin.partition_specs and varying-axis "
-                "checks (check_vma, the default): they tell what each device holds"
+                f"{_WHERE}: {stack_name} is the same on all of {name} {axis!r}; call "
+                "inside jax.shard_map, with in_specs of jax_marlin.partition_specs and with "
+                "varying-axis checks (check_vma, the default): they tell what each device holds"
             )
 
 

@@ -38,7 +38,8 @@ class Scheme(NamedTuple):
     operands: tuple[tuple[str | None, ...], ...]
     result: tuple[str | None, ...]
     parts: dict[str, int]  # into how many equal parts a factor can be cut, at most
-    packed: dict[int, str]  # operands that are never moved between devices -> their names
+    names: tuple[str, ...]  # of the operands
+    packed: frozenset[int]  # operands that are never moved between devices
 
 
 class Partitioning(NamedTuple):
@@ -73,11 +74,22 @@ def _marker() -> jax.extend.core.ClosedJaxpr:
     return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), np.float32))
 
 
-def spans_devices(ctx: Any) -> bool:
-    """Whether this lowering is of a program that XLA partitions."""
+def spans_devices(ctx: Any, where: str) -> bool:
+    """Whether this lowering is of a program that XLA partitions.
+
+    Raises:
+        NotImplementedError: inside `jax.shard_map` over some axes of a mesh, which
+            `custom_partitioning` does not know.
+    """
     context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):  # inside shard_map: manual over all axes, or over some
-        return set(context.manual_axes) != set(context.mesh.axis_names)
+    if hasattr(context, "manual_axes"):  # inside shard_map
+        automatic = set(context.mesh.axis_names) - set(context.manual_axes)
+        if any(context.mesh.shape[name] > 1 for name in automatic):
+            raise NotImplementedError(
+                f"{where}: inside jax.shard_map over axes {sorted(context.manual_axes)} of a mesh "
+                f"that has also {sorted(automatic)}; leave out axis_names, so that all are manual"
+            )
+        return False
     return bool(getattr(context, "device_assignment", None)) and context.num_devices > 1
 
 
@@ -136,13 +148,25 @@ class _Shape(NamedTuple):
 
 def _dimension(own: str, size: int, factor: str | None, parts, sizes):
     """One axis in Shardy's terms: a factor, a factor times a rest of its own, or its own."""
-    count = parts.get(factor, 1)
-    if count == 1 or size == 0:
+    count = 1 if factor is None else parts[factor]
+    if factor is None or count == 1 or size == 0:
         return own
     if count == size:
         return factor
     sizes[factor], sizes[own] = count, size // count
     return CompoundFactor(factor, own)
+
+
+def result_spec(partitioning: Partitioning, operands, params) -> PartitionSpec:
+    """The result's type under an explicit mesh, where every operand must be used as it lies."""
+    scheme = partitioning.scheme(operands, params)
+    meshes = [operand.sharding.mesh for operand in operands]
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    axes = {}
+    if mesh is not None:
+        every = frozenset(range(len(operands)))
+        axes = _assign(partitioning.where, scheme, mesh, operands, every)
+    return PartitionSpec(*(axes.get(f or "") or None for f in scheme.result))
 
 
 def _partition(partitioning: Partitioning, params, mesh, operands, result):
@@ -153,10 +177,10 @@ def _partition(partitioning: Partitioning, params, mesh, operands, result):
             "NamedSharding on one mesh, or call inside jax.shard_map"
         )
     scheme = partitioning.scheme(operands, params)
-    axes = _assign(partitioning.where, scheme, mesh, operands, result)
+    axes = _assign(partitioning.where, scheme, mesh, operands, scheme.packed, result)
 
     def placed(factors):
-        return NamedSharding(mesh, PartitionSpec(*(axes.get(f) or None for f in factors)))
+        return NamedSharding(mesh, PartitionSpec(*(axes.get(f or "") or None for f in factors)))
 
     def local(*shards):
         return partitioning.local(axes, shards, params)
@@ -164,38 +188,37 @@ def _partition(partitioning: Partitioning, params, mesh, operands, result):
     return mesh, local, placed(scheme.result), tuple(placed(f) for f in scheme.operands)
 
 
-def _assign(where: str, scheme: Scheme, mesh, operands, result) -> Axes:
+def _assign(
+    where: str, scheme: Scheme, mesh, operands, kept: frozenset[int], result: Any = None
+) -> Axes:
     """The mesh axes of each factor: packed operands decide, then the others, then the result.
 
-    Packed operands are used as they lie or refused; another operand or the result that asks for
-    what the rest does not fit is moved (resharded) by XLA.
+    The operands `kept` are used as they lie or refused; another, or the result, that asks for what
+    does not fit the rest is moved (resharded) by XLA.
     """
     axes: Axes = {}
-    arrays = [
-        *((operands[i], scheme.operands[i], name) for i, name in scheme.packed.items()),
-        *(
-            (operands[i], factors, None)
-            for i, factors in enumerate(scheme.operands)
-            if i not in scheme.packed
-        ),
-        (result, scheme.result, None),
-    ]
-    for array, factors, name in arrays:
+    order = sorted(range(len(operands)), key=lambda i: i not in scheme.packed)
+    arrays = [(operands[i], scheme.operands[i], scheme.names[i], i in kept) for i in order]
+    if result is not None:
+        arrays.append((result, scheme.result, "the result", False))
+    for array, factors, name, is_kept in arrays:
         spec = (*array.sharding.spec, *[None] * len(factors))[: len(factors)]
         for axis, (entry, factor) in enumerate(zip(spec, factors, strict=True)):
             names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
             devices = math.prod(mesh.shape[n] for n in names)
             if devices == 1:
                 continue
+            parts = 1 if factor is None else scheme.parts[factor]
             taken = {n for other, used in axes.items() if other != factor for n in used}
-            fits = scheme.parts.get(factor, 1) % devices == 0 and not taken & {*names}
-            if fits and axes.setdefault(factor, names) == names:
-                continue
-            if name is not None:
+            if factor is not None and parts % devices == 0 and not taken & {*names}:
+                if axes.setdefault(factor, names) == names:
+                    continue
+            if is_kept:
                 raise ValueError(
                     f"{where}: {name} {list(array.shape)} has sharding {array.sharding.spec}, and "
-                    f"its axis {axis} cannot be cut {devices} ways here (at most "
-                    f"{scheme.parts.get(factor, 1)} equal parts of whole tiles, groups and "
-                    "gate|up pairs, each mesh axis once); place weights by jax_marlin.shard"
+                    f"its axis {axis} cannot be cut over {', '.join(names)} here: it has at most "
+                    f"{parts} equal parts (of whole tiles, quantization groups and gate|up pairs; "
+                    "rows in act-order are one), and must be cut as the other operands are, by a "
+                    "mesh axis of its own; place weights by jax_marlin.shard, or reshard"
                 )
     return axes

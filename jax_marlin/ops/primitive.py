@@ -9,7 +9,12 @@ from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jax_marlin.ops import checks, ffi_targets
-from jax_marlin.ops.partitioning import Partitioning, partitioned, spans_devices
+from jax_marlin.ops.partitioning import (
+    Partitioning,
+    partitioned,
+    result_spec,
+    spans_devices,
+)
 
 
 def result_aval(shape, dtype, operands):
@@ -28,6 +33,29 @@ def result_aval(shape, dtype, operands):
         sharding=NamedSharding(mesh, PartitionSpec(*(None for _ in shape))),
         manual_axis_type=ManualAxisType(varying=varying),
     )
+
+
+def register_partitioned(
+    primitive: Primitive,
+    shape_rule: Callable,
+    default: Callable,
+    custom_call: Callable,
+    has_kernel: Callable[..., bool],
+    partitioning: Partitioning,
+) -> None:
+    """Shape rule and lowerings of a primitive that runs on shards of its operands.
+
+    The arguments are as for `register_lowerings`. The shape rule's result gets the sharding that it
+    has under an explicit mesh.
+    """
+
+    def typed_result(*operands, **params):
+        aval = shape_rule(*operands, **params)
+        spec = result_spec(partitioning, operands, params)
+        return aval.update(sharding=NamedSharding(aval.sharding.mesh, spec))
+
+    primitive.def_abstract_eval(typed_result)
+    register_lowerings(primitive, default, custom_call, has_kernel, partitioning)
 
 
 def register_lowerings(
@@ -80,7 +108,7 @@ def _on_each_device(primitive: Primitive, rule: Callable, partitioning: Partitio
     """The lowering rule that, where a program spans devices, lowers each one's shard by `rule`."""
 
     def lower(ctx, *operands, devices, **params):
-        if not spans_devices(ctx):
+        if not spans_devices(ctx, partitioning.where):
             return rule(ctx, *operands, **params)
         call = partitioned(primitive.bind, partitioning, params | {"devices": devices})
         return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)

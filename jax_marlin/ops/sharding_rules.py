@@ -15,7 +15,9 @@ from jax_marlin.ops.moe_align_block_size import align_routed_rows
 from jax_marlin.ops.partitioning import Axes, Partitioning, Scheme
 from jax_marlin.quant_spec import QuantSpec
 
-_LEAVES = ("qweight", "scales", "zero_points")
+_WEIGHT = ("qweight", "scales", "zero_points")
+_LEAVES = (*_WEIGHT, "perm", "bias")
+_PACKED = frozenset({1, 2, 3})
 
 
 def matmul(bind: Callable) -> Partitioning:
@@ -33,7 +35,7 @@ def matmul(bind: Callable) -> Partitioning:
                 *_grouped(spec, "e", "n", "k", scales, zero_points),
                 ("e", "n") if len(bias) == 2 else own_bias, (),
             ),
-            ("t", "n"), parts, dict(enumerate(_LEAVES, start=1)),
+            ("t", "n"), parts, ("x", *_WEIGHT, "bias", "expert"), _PACKED,
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
@@ -73,7 +75,9 @@ def moe_matmul(bind: Callable) -> Partitioning:
                 ("e", None)[: len(perm)], ("e", "n")[: len(bias)],
                 (None,), (None,), (None,), ("t" if row_weights[0] else None,),
             ),
-            ("t", "n"), parts, dict(enumerate(_LEAVES, start=1)),
+            ("t", "n"), parts,
+            ("x", *_LEAVES, "sorted_token_ids", "expert_ids", "num_tokens_past_padded",
+             "topk_weights"), _PACKED,
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
@@ -114,14 +118,14 @@ def moe_ffn(bind: Callable) -> Partitioning:
                 ("e", None)[: len(perm)], ("e", n)[: len(bias)],
             )  # fmt: skip
 
-        names = {3 + i: f"gate_up.{leaf}" for i, leaf in enumerate(_LEAVES)}
-        names |= {8 + i: f"down.{leaf}" for i, leaf in enumerate(_LEAVES)}
+        names = [f"{stack}.{leaf}" for stack in ("gate_up", "down") for leaf in _LEAVES]
         return Scheme(
             (
                 ("t", None), ("t", None), ("t", None),
                 *leaves(gate_up, 3, "i", None), *leaves(down, 8, "n", "i"),
             ),
-            ("t", "n"), parts, names,
+            ("t", "n"), parts, ("x", "topk_ids", "topk_weights", *names),
+            frozenset({3, 4, 5, 8, 9, 10}),
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
