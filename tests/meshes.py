@@ -1,5 +1,7 @@
 """Meshes of the CPU devices that conftest asks for, and the collectives of a compiled program."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,7 +25,7 @@ def put(mesh: Mesh, array, *axes) -> jax.Array:
 def run(function, *arguments) -> tuple[jax.Array, list[Collective]]:
     """The result, and the collectives of the compiled program except those of token ids."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    found = [c for c in collectives_of(compiled.as_text()) if c.dtype != "s32"]
+    found = [c for c in collectives_of(compiled.as_text() or "") if c.dtype != "s32"]
     return compiled(*arguments), found
 
 
@@ -33,5 +35,13 @@ def kinds(found: list[Collective]) -> list[str]:
 
 def case(name: str, **fields) -> Case:
     """K and N of four tiles each, four experts, eight tokens: every axis divides by 4."""
-    sizes = {"m": 8, "k": 256, "n": 256, "group_size": 64, "num_experts": 4, "top_k": 2}
-    return build(Problem(name, **(sizes | {"dtype": "float32"} | fields)))
+    sizes: dict[str, Any] = {
+        "m": 8,
+        "k": 256,
+        "n": 256,
+        "group_size": 64,
+        "num_experts": 4,
+        "top_k": 2,
+    }
+    sizes |= {"dtype": "float32", **fields}
+    return build(Problem(name, **sizes))

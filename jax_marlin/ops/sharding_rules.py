@@ -17,6 +17,7 @@ from jax_marlin.quant_spec import QuantSpec
 
 _WEIGHT = ("qweight", "scales", "zero_points")
 _LEAVES = (*_WEIGHT, "perm", "bias")
+_ROUTING = ("sorted_token_ids", "expert_ids", "num_tokens_past_padded", "topk_weights")
 _PACKED = frozenset({1, 2, 3})
 
 
@@ -76,22 +77,46 @@ def moe_matmul(bind: Callable) -> Partitioning:
                 (None,), (None,), (None,), ("t" if row_weights[0] else None,),
             ),
             ("t", "n"), parts,
-            ("x", *_LEAVES, "sorted_token_ids", "expert_ids", "num_tokens_past_padded",
-             "topk_weights"), _PACKED,
+            ("x", *_LEAVES, *_ROUTING), _PACKED,
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
         x, qweight, scales, zero_points, perm, bias, *routing, row_weights = operands
-        if axes.get("t") or axes.get("e"):
-            routing = _own_routing(
-                axes, x.shape[0] * params["top_k"], qweight.shape[0], routing, params
-            )
+        routing = _own_routing(axes, x, qweight.shape[0], routing, params)
         spec = _spec(params).held_by(qweight.shape[1], qweight.shape[2])
         sums = _sums(axes, "e", "k")
         zero_output = params["zero_output"] or bool(axes.get("e"))
         out = bind(
             x, qweight, scales, zero_points, perm, _once(axes, "k", bias), *routing, row_weights,
             **params | _sizes(spec) | _accumulated(sums) | {"zero_output": zero_output},
+        )  # fmt: skip
+        return _summed(out, sums, params["out_dtype"])
+
+    return Partitioning("moe_matmul", scheme, local)
+
+
+def dense_moe_matmul(bind: Callable) -> Partitioning:
+    """Operands: x [T, K], weight [E, K, N], bias [E, N], three of routing, weights."""
+
+    def scheme(operands, params):
+        del params
+        x, weight, bias, *_, row_weights = (operand.shape for operand in operands)
+        return Scheme(
+            (
+                ("t", "k"), ("e", "k", "n"), ("e", "n")[: len(bias)] if bias[0] else (None,),
+                (None,), (None,), (None,), ("t" if row_weights[0] else None,),
+            ),
+            ("t", "n"), {"t": x[0], "e": weight[0], "k": weight[1], "n": weight[2]},
+            ("x", "weight", "bias", *_ROUTING), frozenset({1}),
+        )  # fmt: skip
+
+    def local(axes: Axes, operands, params):
+        x, weight, bias, *routing, row_weights = operands
+        routing = _own_routing(axes, x, weight.shape[0], routing, params)
+        sums = _sums(axes, "e", "k")
+        out = bind(
+            x, weight, _once(axes, "k", bias), *routing, row_weights,
+            **params | _accumulated(sums),
         )  # fmt: skip
         return _summed(out, sums, params["out_dtype"])
 
@@ -186,9 +211,12 @@ def _summed(out: jax.Array, sums: tuple[str, ...], dtype) -> jax.Array:
     return jax.lax.psum(out.astype(jnp.float32), sums).astype(dtype) if sums else out
 
 
-def _own_routing(axes: Axes, rows: int, experts: int, routing, params):
+def _own_routing(axes: Axes, x: jax.Array, experts: int, routing, params):
     """Routing tables of this device's rows and experts, from those of all."""
+    if not (axes.get("t") or axes.get("e")):
+        return routing
     slots, expert_ids, used = routing
+    rows = x.shape[0] * params["top_k"]
     moe_block_size, all_rows = params["moe_block_size"], rows * _size(axes, "t")
     expert = jnp.repeat(expert_ids, moe_block_size)[: slots.shape[0]]
     named = jnp.arange(slots.shape[0], dtype=jnp.int32) < used

@@ -52,7 +52,8 @@ def routed(layer: Callable, x, ids, weights, axis: str, experts: int) -> jax.Arr
     devices = jax.lax.axis_size(axis)
     tokens, top_k = ids.shape
     to = jnp.where((ids >= 0) & (ids < devices * experts), ids // experts, devices)  # [T, top_k]
-    goes = jnp.any(to[:, :, None] == jnp.arange(devices, dtype=jnp.int32), axis=1)  # [T, devices]
+    each = jnp.arange(devices, dtype=jnp.int32)[None, None]
+    goes = jnp.any(to[:, :, None] == each, axis=1)  # [T, devices]
     place = jnp.cumsum(goes.astype(jnp.int32), axis=0) - 1  # among a device's rows
     sent = jnp.sum(goes.astype(jnp.int32), axis=0)
     received = jax.lax.all_to_all(sent, axis, 0, 0, tiled=True)
