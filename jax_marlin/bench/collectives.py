@@ -39,6 +39,9 @@ def collectives_of(hlo: str) -> list[Collective]:
     Args:
         hlo: `jax.jit(f).lower(...).compile().as_text()`.
 
+    Raises:
+        ValueError: groups of devices written in a way that is not known here.
+
     >>> [c] = collectives_of("%r = f32[8,64]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}")
     >>> c.kind, c.devices, c.bytes_sent
     ('all-reduce', 2, 2048)
@@ -82,9 +85,19 @@ def _bytes_sent(kind: str, result: int, devices: int) -> int:
 
 
 def _devices(line: str) -> int:
-    """Of one group: {{0,1},{2,3}} or [groups,devices]<=[all]."""
+    """Of one group: {{0,1},{2,3}}, [groups,devices]<=[all] or mesh['a'=2,'b'=4] {'b'}."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(iota[1]) if iota else 1
+    if iota:
+        return int(iota[1])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
+        # A part of an axis, 'a':(2)4, names its own size.
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
+    if "source_target_pairs" in line:
+        return 2
+    raise ValueError(f"collectives_of: cannot read the groups of devices in {line.strip()!r}")
