@@ -16,6 +16,7 @@ from jax_marlin.ops.ragged_dot import ragged_dot
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.quantize import quantize
 from jax_marlin.routing import route
+from jax_marlin.sharding import bias_on_first, partition_specs, shard
 from jax_marlin.weights import MarlinExpertStack
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = [
     "MarlinLinear",
     "QuantSpec",
     "backend_info",
+    "bias_on_first",
     "checkpoints",
     "fold_act_order",
     "load_gptq",
@@ -38,10 +40,12 @@ __all__ = [
     "moe_align_block_size",
     "moe_ffn",
     "moe_matmul",
+    "partition_specs",
     "quantize",
     "ragged_dot",
     "route",
     "scratch_bytes",
+    "shard",
 ]
 
 _LAZY = ("checkpoints", "models")

@@ -193,6 +193,11 @@ def _check_layer(halves: list[Any], down: Any, is_pair: bool) -> None:
                 f"fold_act_order: {name} is traced, expected concrete arrays; fold once after "
                 "loading, outside jax.jit"
             )
+        if stack.spec.pair_width is not None:
+            raise ValueError(
+                f"fold_act_order: {name}'s columns are paired for several devices; fold before "
+                "jax_marlin.shard"
+            )
     for name, stack in zip(names, halves, strict=True):
         expected = (down.num_experts, down.k * (1 if is_pair else 2))
         got = (stack.num_experts, stack.n_per_expert)

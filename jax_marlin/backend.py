@@ -128,7 +128,7 @@ def scratch_bytes(
         k, n = w.shape
         bits = (w.stack if isinstance(w, MarlinLinear) else w).spec.bits
         return ffi_targets.scratch_bytes(m, 0, k, n, bits)
-    spec = w.spec
+    spec = w.held_spec
     if moe_block_size is None:
         moe_block_size = select_moe_block_size(m, top_k, w.num_experts)
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", "scratch_bytes")

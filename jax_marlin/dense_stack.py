@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_marlin.layout import unpair_columns
 from jax_marlin.linear import compute_dtype, leaf_bytes
 
 
@@ -25,6 +26,7 @@ class DenseExpertStack:
     Attributes:
         weight: dtype[E, K, N], float16, bfloat16 or float32; this is the compute dtype.
         bias: dtype[E, N], or None.
+        pair_width: as `QuantSpec.pair_width`, static.
 
     >>> import jax_marlin as jm
     >>> stack = jm.DenseExpertStack(jnp.ones((3, 64, 40)))
@@ -36,6 +38,12 @@ class DenseExpertStack:
 
     weight: jax.Array
     bias: jax.Array | None = None
+    pair_width: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def pairs(self) -> int:
+        """Blocks [part of gate | part of up] of a gate|up stack that `shard` has paired, else 1."""
+        return 1 if self.pair_width is None else self.n_per_expert // self.pair_width
 
     @property
     def is_single(self) -> bool:
@@ -93,7 +101,8 @@ class DenseExpertStack:
         Args:
             dtype: of the result; None means the compute dtype.
         """
-        return self.weight if dtype is None else self.weight.astype(jnp.dtype(dtype))
+        weight = unpair_columns(self.weight, self.pairs)
+        return weight if dtype is None else weight.astype(jnp.dtype(dtype))
 
     def astype(self, dtype: DTypeLike) -> DenseExpertStack:
         """The same weights and bias in another compute dtype.

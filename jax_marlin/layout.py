@@ -184,3 +184,34 @@ def _permute(a: Any, num_lead: int, order: tuple[int, ...]) -> Any:
 def _check_bits(bits: int, where: str) -> None:
     if bits not in (4, 8):
         raise ValueError(f"{where}: bits is {bits}, expected 4 or 8")
+
+
+def pair_columns(columns: Any, pairs: int) -> Any:
+    """[all of gate | all of up] to `pairs` blocks [part of gate | the same part of up].
+
+    Args:
+        columns: [..., N], or [..., N/64] tiles; 2 * pairs must divide the last axis.
+        pairs: blocks, one for each device that is to hold some of both.
+
+    Returns:
+        The same shape.
+
+    >>> import numpy as np
+    >>> pair_columns(np.arange(8), 2).tolist()
+    [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    return _swap_major(columns, 2, pairs)
+
+
+def unpair_columns(columns: Any, pairs: int) -> Any:
+    """The inverse of `pair_columns`."""
+    return _swap_major(columns, pairs, 2)
+
+
+def _swap_major(columns: Any, first: int, second: int) -> Any:
+    """The last axis read as [first, second, rest] and written as [second, first, rest]."""
+    if first == 1 or second == 1:
+        return columns
+    *lead, n = columns.shape
+    blocks = columns.reshape(*lead, first, second, n // (first * second))
+    return blocks.swapaxes(-3, -2).reshape(*lead, n)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_marlin.layout import TILE
+from jax_marlin.layout import TILE, unpair_columns
 
 if TYPE_CHECKING:
     from jax_marlin.weights import MarlinExpertStack
@@ -48,7 +48,14 @@ class MarlinLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(K, n)."""
-        return (self.stack.spec.k, self.columns[1] - self.columns[0])
+        start, stop = self.held_columns
+        return (self.stack.k, stop - start)
+
+    @property
+    def held_columns(self) -> tuple[int, int]:
+        """`columns`, or all that a shard of the whole stack's columns holds."""
+        whole = self.columns == (0, self.stack.spec.n)
+        return (0, self.stack.n_per_expert) if whole else self.columns
 
     @property
     def ndim(self) -> int:
@@ -66,7 +73,9 @@ class MarlinLinear:
         return leaf_bytes(self)
 
     def __repr__(self) -> str:
-        return f"MarlinLinear({describe(self.stack, self.shape[1])})"
+        shape = getattr(self.stack.qweight, "shape", ())
+        start, stop = self.held_columns if len(shape) > 2 else self.columns
+        return f"MarlinLinear({describe(self.stack, stop - start)})"
 
     def __call__(self, x: Any) -> jax.Array:
         """`ops.matmul.matmul(x, self)`: `[..., K]` to `[..., n]`, with the bias."""
@@ -96,7 +105,14 @@ class MarlinLinear:
                 f"of {TILE} (or the end), step 1, and at least one"
             )
         bias = None if self.bias is None else self.bias[start:stop]
-        first = self.columns[0]
+        if (start, stop) != (0, n) and self.stack.held_spec.pairs > 1:
+            raise ValueError(
+                f"MarlinLinear[...]: columns {start}:{stop} of a gate|up weight whose columns are "
+                "paired for several devices; take them before jax_marlin.shard"
+            )
+        first = self.held_columns[0]
+        if (start, stop) == (0, n):
+            return self
         return dataclasses.replace(self, bias=bias, columns=(first + start, first + stop))
 
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
@@ -128,17 +144,17 @@ class MarlinLinear:
 def _dequantize(w: MarlinLinear, dtype: np.dtype) -> jax.Array:
     from jax_marlin.reference import dequantize_expert
 
-    stack, spec = w.stack, w.stack.spec
+    stack, spec = w.stack, w.stack.held_spec
     # the ops' convention: an absent optional operand is an empty array
     zero_points = jnp.zeros((0,), stack.dtype) if stack.zero_points is None else stack.zero_points
     rows = dequantize_expert(
         stack.qweight, stack.scales, zero_points, w.expert,
         bits=spec.bits, k=spec.k, n=w.shape[1], group_size=spec.group_size,
-        first_tile=w.columns[0] // TILE,
+        first_tile=w.held_columns[0] // TILE,
     )  # fmt: skip
     if stack.perm is not None:
         rows = rows[jnp.argsort(stack.perm[jnp.clip(w.expert, 0, stack.num_experts - 1)])]
-    return rows.astype(dtype)
+    return unpair_columns(rows, spec.pairs).astype(dtype)
 
 
 def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
@@ -174,7 +190,9 @@ def leaf_bytes(tree: Any) -> int:
 
 def describe(stack: MarlinExpertStack, columns: int) -> str:
     """What a repr says of a weight; holds for any leaves, JAX puts placeholders there."""
-    spec = stack.spec
+    shape, spec = getattr(stack.qweight, "shape", ()), stack.spec
+    if len(shape) > 2:  # JAX puts placeholders there
+        spec = spec.held_by(*shape[-3:-1])
     parts = [f"K={spec.k}", f"N={columns}", f"{spec.bits} bit", f"group_size={spec.group_size}"]
     parts.append(str(getattr(stack.scales, "dtype", "?")))
     for name, leaf in (

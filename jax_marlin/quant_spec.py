@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 
 _TILE = 64  # rows and columns of a packed tile, see layout.py
@@ -23,9 +24,11 @@ class QuantSpec:
         n: logical output features of one expert, before padding to tiles.
         shared_perm: the act-order permutation is the same for every expert, so that the activations
             are gathered once and not once for each expert.
+        pair_width: gate|up columns that `shard` has paired stand in blocks of this many, each
+            [part of gate | the same part of up]; None is one block, [all of gate | all of up].
 
     >>> QuantSpec.create(bits=4, group_size=-1, k=96, n=80)
-    QuantSpec(bits=4, group_size=96, k=96, n=80, shared_perm=False)
+    QuantSpec(bits=4, group_size=96, k=96, n=80, shared_perm=False, pair_width=None)
     """
 
     bits: int
@@ -33,6 +36,7 @@ class QuantSpec:
     k: int
     n: int
     shared_perm: bool = False
+    pair_width: int | None = None
 
     @classmethod
     def create(
@@ -101,6 +105,35 @@ class QuantSpec:
     def words_per_tile(self) -> int:
         """uint32 words of one packed 64 x 64 tile: 512 at 4 bit, 1024 at 8 bit."""
         return _TILE * _TILE * self.bits // 32
+
+    @property
+    def k_parts(self) -> int:
+        """Into how many equal parts, at most, K can be cut: a part is of whole tiles and groups.
+
+        A weight with one group has its scales in every part. A number of devices must divide this.
+
+        >>> QuantSpec.create(bits=4, group_size=128, k=768, n=64).k_parts
+        6
+        """
+        whole = math.lcm(_TILE, self.group_size) if self.num_groups > 1 else _TILE
+        return 1 if self.k % whole else self.k // whole
+
+    @property
+    def n_parts(self) -> int:
+        """Into how many equal parts, at most, N can be cut: a part is of whole tiles."""
+        return 1 if self.n % _TILE else self.n // _TILE
+
+    @property
+    def pairs(self) -> int:
+        """Blocks [part of gate | part of up] that the columns stand in; see `pair_width`."""
+        return 1 if self.pair_width is None else self.n // self.pair_width
+
+    def held_by(self, n_tiles: int, k_tiles: int) -> QuantSpec:
+        """The spec of so many tiles: this one, or of the shard of a weight that it describes."""
+        n, k = min(self.n, _TILE * n_tiles), min(self.k, _TILE * k_tiles)
+        if (n, k) == (self.n, self.k):
+            return self
+        return dataclasses.replace(self, n=n, k=k, group_size=min(self.group_size, k))
 
     @property
     def pack_factor(self) -> int:

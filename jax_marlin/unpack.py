@@ -29,18 +29,19 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
     >>> unpack_linear(w).shape
     (64, 96)
     """
-    stack, spec = w.stack, w.stack.spec
+    stack, spec = w.stack, w.stack.held_spec
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(w)):
         raise TypeError(
             f"{where}: the weight is traced (inside jax.jit, grad, vmap or scan), expected arrays "
             "with values; call it outside"
         )
     expert = min(max(int(w.expert), 0), stack.num_experts - 1)  # clamped, as everywhere
-    start, stop = w.columns
+    start, stop = w.held_columns
     n, tiles = stop - start, slice(start // layout.TILE, -(-stop // layout.TILE))
 
     def grouped(leaf: jax.Array) -> np.ndarray:  # [n_tiles, G, 64] to [G, n]
-        return layout.unpack_columns(np.asarray(leaf[expert, tiles]))[:, :n]
+        columns = layout.unpack_columns(np.asarray(leaf[expert, tiles]))[:, :n]
+        return layout.unpair_columns(columns, spec.pairs)
 
     codes = layout.unpack_tiles(np.asarray(stack.qweight[expert, tiles]), spec.bits)
     perm = None if stack.perm is None else np.asarray(stack.perm[expert])
@@ -48,10 +49,10 @@ def unpack_linear(w: MarlinLinear, where: str = "unpack_linear") -> CanonicalLin
     if bias is None and stack.bias is not None:
         bias = stack.bias[expert, start:stop]
     return CanonicalLinear.from_codes(
-        codes[: spec.k, :n],
+        layout.unpair_columns(codes[: spec.k, :n], spec.pairs),
         grouped(stack.scales),
         None if stack.zero_points is None else grouped(stack.zero_points).astype(np.uint8),
         None if is_identity(perm) else perm,
-        None if bias is None else np.asarray(bias),
+        None if bias is None else layout.unpair_columns(np.asarray(bias), spec.pairs),
         bits=spec.bits,
     )

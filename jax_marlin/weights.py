@@ -40,7 +40,8 @@ class MarlinExpertStack:
             `shared_perm`, all rows are equal and only the first is read: do not concatenate such
             stacks of different checkpoints leaf by leaf.
         bias: dtype[E, N], or None.
-        spec: the static `QuantSpec`.
+        spec: the static `QuantSpec` of the whole weight. Inside `jax.shard_map` the leaves of a
+            shard hold fewer rows or columns: `k`, `n_per_expert` and `shape` say how many.
 
     >>> import jax_marlin as jm
     >>> stack = jm.quantize(np.ones((3, 64, 128), np.float32), group_size=32)
@@ -63,25 +64,41 @@ class MarlinExpertStack:
         return self.qweight.ndim == 3
 
     @property
+    def pairs(self) -> int:
+        """Blocks [part of gate | part of up] of a gate|up stack that `shard` has paired, else 1."""
+        return self.held_spec.pairs
+
+    @property
+    def pair_width(self) -> int | None:
+        """Columns of one such block; None means that the stack is not paired."""
+        return self.spec.pair_width
+
+    @property
     def num_experts(self) -> int:
         """E; 1 if the leaves have no expert axis."""
         return 1 if self.is_single else self.qweight.shape[0]
 
     @property
+    def held_spec(self) -> QuantSpec:
+        """`spec` with the k and n that these leaves hold: fewer for a shard in `jax.shard_map`."""
+        *_, n_tiles, k_tiles, _ = self.qweight.shape
+        return self.spec.held_by(n_tiles, k_tiles)
+
+    @property
     def k(self) -> int:
         """K, the logical reduction size."""
-        return self.spec.k
+        return self.held_spec.k
 
     @property
     def n_per_expert(self) -> int:
         """N, the logical output features of one expert."""
-        return self.spec.n
+        return self.held_spec.n
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(E, K, N), or (K, N) if the leaves have no expert axis."""
         lead = () if self.is_single else (self.num_experts,)
-        return (*lead, self.spec.k, self.spec.n)
+        return (*lead, self.k, self.n_per_expert)
 
     @property
     def ndim(self) -> int:
@@ -104,7 +121,8 @@ class MarlinExpertStack:
     def __repr__(self) -> str:
         shape = getattr(self.qweight, "shape", ())
         experts = f"E={shape[0]}, " if len(shape) == 4 else ""
-        return f"MarlinExpertStack({experts}{describe(self, self.spec.n)})"
+        spec = self.held_spec if len(shape) >= 3 else self.spec  # JAX puts placeholders there
+        return f"MarlinExpertStack({experts}{describe(self, spec.n)})"
 
     def __getitem__(self, index: Any) -> Any:
         """`stack[e]` is a `MarlinLinear` that copies nothing; `stack[a:b]` a smaller stack.
@@ -131,7 +149,7 @@ class MarlinExpertStack:
                 )
             return jax.tree.map(lambda leaf: leaf[start:stop], self)
         expert = expert_index(index, self.num_experts, "MarlinExpertStack[...]")
-        return MarlinLinear(self, expert, None, (0, self.spec.n))
+        return MarlinLinear(self, expert, None, (0, self.n_per_expert))
 
     def as_linear(self) -> MarlinLinear:
         """The linear that leaves without an expert axis are (a stack of one, its expert 0).

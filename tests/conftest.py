@@ -9,6 +9,8 @@ import pytest
 # Our code must not lean on implicit promotion: users turn these on, and off they hide mistakes.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# For meshes; programs of one device run on the first as before.
+jax.config.update("jax_num_cpu_devices", 8)
 
 TESTS = Path(__file__).resolve().parent
 CHECKPOINT_FOLDERS = (TESTS / "data", TESTS.parent / "jax_marlin" / "data")

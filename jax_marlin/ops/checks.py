@@ -41,8 +41,11 @@ def check_x(x, k: int, weight_dtype, where: str, rank: int | None = None) -> jax
     return x
 
 
-def check_leaves(stack, where: str) -> None:
-    """Refuses leaves that `jax.tree.map` has reshaped or cast, before they fail deep inside."""
+def check_leaves(stack, where: str, own_bias=None) -> None:
+    """Refuses leaves that `jax.tree.map` has reshaped or cast, before they fail deep inside.
+
+    `own_bias` is the bias that a view has in place of the stack's.
+    """
     qweight, perm = stack.qweight, stack.perm
     if qweight.ndim != 4:
         raise ValueError(
@@ -54,6 +57,36 @@ def check_leaves(stack, where: str) -> None:
             f"{where}: the stack's qweight is {qweight.dtype}, expected uint32 (perm: int32); "
             "change the compute dtype with stack.astype(...), not leaf by leaf"
         )
+    _check_shard(stack, stack.bias if own_bias is None else own_bias, where)
+
+
+def _check_shard(stack, bias, where: str) -> None:
+    """Refuses leaves that were not cut together, and a bias that `psum` would add many times."""
+    spec = stack.held_spec
+    expected = (*stack.qweight.shape[:2], spec.num_groups, 64)
+    if stack.scales.shape != expected:
+        raise ValueError(
+            f"{where}: the stack's scales have shape {stack.scales.shape}, expected {expected} "
+            f"beside qweight {stack.qweight.shape}; cut weights by jax_marlin.partition_specs"
+        )
+    if stack.spec.k_parts * spec.k % stack.spec.k:
+        raise ValueError(
+            f"{where}: the stack's leaves hold {spec.k} of {stack.spec.k} rows, no equal part of "
+            "whole tiles and groups; cut weights by jax_marlin.partition_specs"
+        )
+    if stack.perm is not None and spec.k != stack.spec.k:
+        raise ValueError(
+            f"{where}: a shard of {spec.k} of {stack.spec.k} rows in act-order needs the whole x; "
+            "cut experts or columns instead, or use fold_act_order"
+        )
+    if bias is not None and spec.k != stack.spec.k:
+        along = jax.typeof(stack.qweight).manual_axis_type.varying
+        if not along or not along <= jax.typeof(bias).manual_axis_type.varying:
+            raise ValueError(
+                f"{where}: a shard of {spec.k} of {stack.spec.k} rows has a bias, which the sum "
+                "over devices would add once for each; use jax_marlin.bias_on_first(w, axis), or "
+                "moe_ffn(..., tensor_axis=axis)"
+            )
 
 
 def check_implementation(implementation: str | None, dtype, where: str) -> None:

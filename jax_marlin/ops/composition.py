@@ -48,6 +48,7 @@ def composed_layer(
             rows, stack, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
             weights_before_bias=weights_before_bias,
+            as_stored=True,
             zero_output=False,  # rows of dropped ids are masked below
             preferred_element_type=jnp.float32,
             implementation=implementation, where=where,
@@ -56,7 +57,7 @@ def composed_layer(
     # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
     first, last = (row_weights, None) if weights_on_input else (None, row_weights)
     products = [product(x, half, top_k, first, weights_on_input) for half in halves]
-    gate, up = products if len(products) == 2 else jnp.split(products[0], 2, axis=-1)  # [R, I]
+    gate, up = products if len(products) == 2 else _halves(products[0], halves[0])  # [R, I]
     out = product(activate(gate, up).astype(x.dtype), down, 1, last)  # float32 [R, N]
     out = out.reshape(num_tokens, top_k, out.shape[-1])
     routed = (ids >= 0) & (ids < num_experts)
@@ -64,3 +65,15 @@ def composed_layer(
     for slot in range(top_k):  # in this order, so that the rounding is the same in every run
         total += jnp.where(routed[:, slot, None], out[:, slot], 0.0)
     return total.astype(x.dtype)
+
+
+def _halves(columns: jax.Array, gate_up: ExpertStack) -> tuple[jax.Array, jax.Array]:
+    """gate and up `[R, I]` of gate|up columns `[R, 2I]`, paired for several devices or not.
+
+    The blocks are the major part of I before and after, so that a mesh axis over them may stay.
+    """
+    pairs = gate_up.pairs
+    blocks = columns.reshape(columns.shape[0], pairs, 2, columns.shape[1] // (2 * pairs))
+    gate, up = blocks[:, :, 0], blocks[:, :, 1]
+    shape = (columns.shape[0], gate_up.n_per_expert // 2)
+    return gate.reshape(shape), up.reshape(shape)

@@ -1,11 +1,24 @@
 """Routed rows times unquantized experts, in plain JAX: what the ops do with a DenseExpertStack."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import xla
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.ops import sharding_rules
+from jax_marlin.ops.partitioning import needs_devices
+from jax_marlin.ops.primitive import (
+    map_sequentially,
+    or_empty,
+    register_partitioned,
+    result_aval,
+    set_batching,
+)
 
 
 def check_dense(stack: DenseExpertStack, where: str, implementation: str | None = None) -> None:
@@ -45,22 +58,45 @@ def dense_moe_matmul(
 
     @jax.custom_jvp
     def product(x, stack, *routing):
-        return reference.routed_rows(
-            x,
-            lambda expert: reference.of_expert(stack.weight, expert).astype(jnp.float32),
-            jnp.zeros((0,), jnp.int32),
-            jnp.zeros((0,), stack.dtype) if stack.bias is None else stack.bias,
-            *routing,
-            num_experts=stack.num_experts,
-            n=stack.n_per_expert,
-            moe_block_size=moe_block_size,
-            top_k=top_k,
-            weights_before_bias=weights_before_bias,
-            out_dtype=out_dtype,
-        )
+        return _primitive.bind(
+            x, stack.weight, or_empty(stack.bias, stack.dtype), *routing,
+            moe_block_size=moe_block_size, top_k=top_k, weights_before_bias=weights_before_bias,
+            out_dtype=out_dtype, implementation=None, devices=needs_devices(),
+        )  # fmt: skip
 
     @product.defjvp
     def _(primals, tangents):  # its loops would fail to differentiate, with no word of the reason
         raise NotImplementedError("Differentiation of a product with a DenseExpertStack")
 
     return product(x, stack, sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights)
+
+
+def _shape_rule(x, weight, *operands, top_k, out_dtype, **_):
+    return result_aval((x.shape[0] * top_k, weight.shape[2]), out_dtype, (x, weight, *operands))
+
+
+def _default(x, weight, bias, *routing, **params):
+    return reference.routed_rows(
+        x,
+        lambda expert: reference.of_expert(weight, expert).astype(jnp.float32),
+        jnp.zeros((0,), jnp.int32),
+        bias,
+        *routing,
+        num_experts=weight.shape[0],
+        n=weight.shape[2],
+        **params,
+    )
+
+
+def _batching(operands, dims, **params):
+    return map_sequentially(_primitive, operands, dims, params)
+
+
+# A primitive, though without a kernel, so that shards and manual axes are treated as everywhere.
+_primitive = Primitive("jax_marlin_dense_moe_matmul")
+_primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+register_partitioned(
+    _primitive, _shape_rule, _default, _default, lambda *_, **__: False,
+    sharding_rules.dense_moe_matmul(_primitive.bind),
+)  # fmt: skip
+set_batching(_primitive, _batching)

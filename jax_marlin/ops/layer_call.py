@@ -9,7 +9,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import xla
 
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.ops import ffi_targets
+from jax_marlin.ops import ffi_targets, sharding_rules
 from jax_marlin.ops.activations import ACTIVATIONS, KERNEL_ACTIVATIONS
 from jax_marlin.ops.composition import composed_layer
 from jax_marlin.ops.moe_align_block_size import (
@@ -18,11 +18,12 @@ from jax_marlin.ops.moe_align_block_size import (
     check_slots,
     select_moe_block_size,
 )
+from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
 )
 from jax_marlin.weights import MarlinExpertStack
@@ -72,8 +73,9 @@ def fused_layer(
     check_slots(ids.shape, moe_block_size, num_experts, "moe_ffn")
     return _primitive.bind(
         x, ids, weights, *_leaves(gate_up), *_leaves(down),
-        gate_up_spec=gate_up.spec, down_spec=down.spec, activation=activation,
+        gate_up_spec=gate_up.held_spec, down_spec=down.held_spec, activation=activation,
         weights_on_input=bool(weights_on_input), implementation=implementation,
+        devices=needs_devices(),
     )  # fmt: skip
 
 
@@ -106,8 +108,8 @@ def _default(
     )  # fmt: skip
 
 
-def _has_kernel(results, x, ids, *_, **__):
-    return has_kernel(results, x) and ids.shape[1] > 0
+def _has_kernel(results, x, ids, *_, gate_up_spec, **__):
+    return has_kernel(results, x) and ids.shape[1] > 0 and gate_up_spec.pairs == 1
 
 
 def _custom_call(
@@ -152,5 +154,11 @@ def _custom_call(
 # No batching rule: `moe_ffn`'s custom_vmap stands outside and folds a batch into tokens.
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(_primitive, _default, _custom_call, _has_kernel)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    _default,
+    _custom_call,
+    _has_kernel,
+    sharding_rules.moe_ffn(_primitive.bind),
+)

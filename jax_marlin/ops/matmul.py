@@ -11,13 +11,14 @@ from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import layout, reference
-from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops import checks, ffi_targets, sharding_rules
+from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
     map_sequentially,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
     set_batching,
 )
@@ -61,8 +62,8 @@ def matmul(
         (3, 128)
     """
     stack, expert, own_bias, first_tile, n = _view(w)
-    checks.check_leaves(stack, "matmul")
-    spec = stack.spec
+    checks.check_leaves(stack, "matmul", own_bias)
+    spec = stack.held_spec
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
@@ -84,7 +85,9 @@ def matmul(
         first_tile=first_tile,
         out_dtype=written,
         implementation=implementation,
+        devices=needs_devices(),
     )
+    out = layout.unpair_columns(out, spec.pairs)
     out = out if len(leading) == 1 else out.reshape(*leading, n)
     return out.astype(wanted)
 
@@ -94,7 +97,7 @@ def _view(w):
     if isinstance(w, MarlinExpertStack) and w.is_single:
         w = w.as_linear()
     if isinstance(w, MarlinLinear):
-        start, stop = w.columns
+        start, stop = w.held_columns
         return w.stack, w.expert, w.bias, start // layout.TILE, stop - start
     if isinstance(w, MarlinExpertStack):
         raise TypeError(
@@ -162,6 +165,12 @@ def _fold_stacks(weights, dims):
 
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(_primitive, reference.matmul, _custom_call, has_kernel)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    reference.matmul,
+    _custom_call,
+    has_kernel,
+    sharding_rules.matmul(_primitive.bind),
+)
 set_batching(_primitive, _batching)

@@ -1,5 +1,7 @@
 """moe_ffn: a whole mixture-of-experts layer: align, gate_up, activation, down, sum over top_k."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jax_marlin.ops.dense_experts import check_dense
 from jax_marlin.ops.layer_call import can_fuse, fused_layer
 from jax_marlin.ops.moe_align_block_size import as_expert_ids
 from jax_marlin.ops.moe_matmul import ExpertStack
+from jax_marlin.ops.parallel_layer import layer_over_devices
 from jax_marlin.weights import MarlinExpertStack
 
 _WHERE = "moe_ffn"
@@ -27,6 +30,9 @@ def moe_ffn(
     *,
     activation: str = "silu",
     weights_on_input: bool = False,
+    expert_axis: str | None = None,
+    tensor_axis: str | None = None,
+    exchange: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """sum over slots of topk_weights * down[id](act(gate_up[id](x))), for each token.
@@ -48,15 +54,23 @@ def moe_ffn(
             g = min(gate, 7), u = clip(up, -7, 7), g * sigmoid(1.702 g) * (u + 1).
         weights_on_input: multiply gate_up's input by the router weight, and not down's output
             (Llama-4).
+        expert_axis: inside `jax.shard_map`, the mesh axis whose devices hold E / devices experts
+            each (kind "expert" of `partition_specs`); `topk_ids` still count all experts. Tokens
+            are each device's own, which then travel to their experts, or the same on all devices.
+        tensor_axis: inside `jax.shard_map`, the mesh axis over which gate_up is cut by columns (in
+            pairs, `shard(..., gate_up=True)`) and down by rows; tokens are the same on its devices.
+        exchange: how tokens travel over `expert_axis`: "all_gather" or "all_to_all"; None chooses
+            by static shapes. No token is ever dropped.
         implementation: None chooses; "cuda" or "xla" run or raise.
 
     Returns:
-        `[..., N]`, x's dtype.
+        `[..., N]`, x's dtype. Devices of an axis round their parts to it, and add in float32.
 
     Raises:
         TypeError: ids that are not integers or weights that are not floating point (perhaps they
             are swapped); stacks of another dtype than x.
-        ValueError: shapes that do not fit, an unknown activation, host ids out of range.
+        ValueError: shapes that do not fit, an unknown activation, host ids out of range, an axis
+            over which an operand is not cut as it must be.
         NotImplementedError: `implementation="cuda"` cannot run here.
 
     Example:
@@ -70,6 +84,15 @@ def moe_ffn(
         >>> out.shape, round(float(out[0, 0]), 2)
         ((5, 32), 0.73)
     """
+    if expert_axis is not None or tensor_axis is not None:
+        own_layer = functools.partial(
+            moe_ffn, activation=activation, weights_on_input=weights_on_input,
+            implementation=implementation,
+        )  # fmt: skip
+        return layer_over_devices(
+            own_layer, x, topk_ids, topk_weights, gate_up, down,
+            expert_axis=expert_axis, tensor_axis=tensor_axis, exchange=exchange,
+        )  # fmt: skip
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{_WHERE}: activation is {activation!r}, expected one of {sorted(ACTIVATIONS)}"
@@ -145,11 +168,24 @@ def _check_stacks(halves: tuple, down: ExpertStack, implementation: str | None) 
                 f"{_WHERE}: {name} has shape {half.shape}, expected (E, H, {letters}) = {expected}"
                 f" beside down (E, I, N) = {down.shape}"
             )
+        if len(halves) == 1:
+            _check_pairs(half)
         if half.dtype != down.dtype:
             raise TypeError(
                 f"{_WHERE}: {name} computes in {half.dtype} and down in {down.dtype}; use"
                 f" {name}.astype(jnp.{down.dtype})"
             )
+
+
+def _check_pairs(gate_up: ExpertStack) -> None:
+    """Refuses a shard of gate|up columns that is no whole number of pairs."""
+    n, width = gate_up.n_per_expert, gate_up.pair_width
+    whole = gate_up.spec.n if isinstance(gate_up, MarlinExpertStack) else n
+    if n % (whole if width is None else width):
+        raise ValueError(
+            f"{_WHERE}: gate_up holds {n} of its columns, which are no part of gate with the same "
+            "part of up; cut them by jax_marlin.shard(..., gate_up=True), or pass (gate, up)"
+        )
 
 
 def _checked_routes(

@@ -12,14 +12,16 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.layout import unpair_columns
+from jax_marlin.ops import checks, ffi_targets, sharding_rules
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
+from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
     map_sequentially,
     or_empty,
-    register_lowerings,
+    register_partitioned,
     result_aval,
     set_batching,
 )
@@ -97,6 +99,7 @@ def routed_matmul(
     topk_weights: ArrayLike | None = None,
     weights_before_bias: bool = False,
     zero_output: bool = True,
+    as_stored: bool = False,
     preferred_element_type: DTypeLike | None = None,
     implementation: str | None = None,
     where: str = "routed_matmul",
@@ -107,6 +110,7 @@ def routed_matmul(
         x, stack, routing, moe_block_size, top_k, topk_weights: as in `moe_matmul`.
         weights_before_bias: acc * w + bias in place of (acc + bias) * w.
         zero_output: False leaves rows that no used slot names undefined.
+        as_stored: gate|up columns that are paired for several devices stay paired.
         preferred_element_type: dtype of the result; None means `x.dtype`.
         implementation: None, "cuda" or "xla".
         where: public op that error messages name.
@@ -128,12 +132,13 @@ def routed_matmul(
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
     row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
     if isinstance(stack, DenseExpertStack):
-        return dense_moe_matmul(
+        out = dense_moe_matmul(
             x, stack, slots, expert_ids, used, row_weights,
             moe_block_size=moe_block_size, top_k=top_k,
             weights_before_bias=bool(weights_before_bias), out_dtype=written,
-        ).astype(wanted)  # fmt: skip
-    spec, perm = stack.spec, stack.perm
+        )  # fmt: skip
+        return (out if as_stored else unpair_columns(out, stack.pairs)).astype(wanted)
+    spec, perm = stack.held_spec, stack.perm
     if perm is not None and spec.shared_perm:
         # One gather of x for all experts, and none for each routed row.
         x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
@@ -158,8 +163,9 @@ def routed_matmul(
         zero_output=bool(zero_output),
         out_dtype=written,
         implementation=implementation,
+        devices=needs_devices(),
     )
-    return out.astype(wanted)
+    return (out if as_stored else unpair_columns(out, spec.pairs)).astype(wanted)
 
 
 def _check_routing(routing, num_experts, moe_block_size, where):
@@ -232,6 +238,12 @@ def _batching(operands, dims, **params):
 
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
-_primitive.def_abstract_eval(_shape_rule)
-register_lowerings(_primitive, _default, _custom_call, has_kernel)
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    _default,
+    _custom_call,
+    has_kernel,
+    sharding_rules.moe_matmul(_primitive.bind),
+)
 set_batching(_primitive, _batching)

@@ -9,6 +9,12 @@ from jax.interpreters import batching, mlir
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops.partitioning import (
+    Partitioning,
+    partitioned,
+    result_spec,
+    spans_devices,
+)
 
 
 def result_aval(shape, dtype, operands):
@@ -29,19 +35,45 @@ def result_aval(shape, dtype, operands):
     )
 
 
+def register_partitioned(
+    primitive: Primitive,
+    shape_rule: Callable,
+    default: Callable,
+    custom_call: Callable,
+    has_kernel: Callable[..., bool],
+    partitioning: Partitioning,
+) -> None:
+    """Shape rule and lowerings of a primitive that runs on shards of its operands.
+
+    The arguments are as for `register_lowerings`. The shape rule's result gets the sharding that it
+    has under an explicit mesh.
+    """
+
+    def typed_result(*operands, **params):
+        aval = shape_rule(*operands, **params)
+        spec = result_spec(partitioning, operands, params)
+        return aval.update(sharding=NamedSharding(aval.sharding.mesh, spec))
+
+    primitive.def_abstract_eval(typed_result)
+    register_lowerings(primitive, default, custom_call, has_kernel, partitioning)
+
+
 def register_lowerings(
     primitive: Primitive,
     default: Callable,
     custom_call: Callable,
     has_kernel: Callable[..., bool],
+    partitioning: Partitioning | None = None,
 ) -> None:
     """Lowers `primitive` to `custom_call` on CUDA where `has_kernel`, to `default` elsewhere.
 
     Args:
-        primitive: takes a parameter `implementation`: None, "cuda" or "xla".
+        primitive: takes a parameter `implementation`: None, "cuda" or "xla"; with a `partitioning`,
+            also `devices`, see `partitioning.needs_devices`.
         default: plain JAX; called with the operands and the other parameters.
         custom_call: the same in terms of `jax.ffi.ffi_call`.
         has_kernel: `(result avals, *operand avals, **parameters)` to whether our kernels take it.
+        partitioning: what each device does where a program spans several; None leaves it to XLA.
     """
 
     def lower_function(function, ctx, operands, params):
@@ -67,8 +99,21 @@ def register_lowerings(
         ffi_targets.ensure_registered()
         return lower_function(custom_call, ctx, operands, params)
 
-    mlir.register_lowering(primitive, lower_default)
-    mlir.register_lowering(primitive, lower_cuda, platform="cuda")
+    for rule, platform in ((lower_default, None), (lower_cuda, "cuda")):
+        rule = rule if partitioning is None else _on_each_device(primitive, rule, partitioning)
+        mlir.register_lowering(primitive, rule, platform=platform)
+
+
+def _on_each_device(primitive: Primitive, rule: Callable, partitioning: Partitioning) -> Callable:
+    """The lowering rule that, where a program spans devices, lowers each one's shard by `rule`."""
+
+    def lower(ctx, *operands, devices, **params):
+        if not spans_devices(ctx, partitioning.where):
+            return rule(ctx, *operands, **params)
+        call = partitioned(primitive.bind, partitioning, params | {"devices": devices})
+        return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
+
+    return lower
 
 
 def map_sequentially(primitive: Primitive, operands, dims, params):

@@ -1,0 +1,75 @@
+"""Explicit meshes: results typed by their operands, sums inside the ops, misfits refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType
+from meshes import P, case, cpu_mesh, kinds, put, run
+from test_moe_ffn import Layer, expected
+
+import jax_marlin as jm
+
+MESH = cpu_mesh(AxisType.Explicit)
+CUTS = [
+    ("expert", "expert", ("data",), ["all-reduce"], P("data", None)),
+    ("column", "tensor", ("data",), [], P("data", "tensor")),
+    ("row", "tensor", ("data", "tensor"), ["all-reduce"], P("data", None)),
+]
+
+
+@pytest.mark.parametrize("kind, axis, of_x, sums, spec", CUTS)
+def test_matmul(kind, axis, of_x, sums, spec):
+    problem = case("explicit", zeros="v1", bias=True)
+    x, stack = put(MESH, problem.x, *of_x), jm.shard(problem.stack(), MESH, kind, axis)
+
+    def linear(x, stack):
+        out = jm.matmul(x, stack[1])
+        assert jax.typeof(out).sharding.spec == spec
+        return out
+
+    out, found = run(linear, x, stack)
+    assert problem.bias is not None
+    bias = problem.bias[1]
+    oracle.assert_within(
+        out,
+        oracle.matmul(problem.x, problem.weights[1], bias),
+        oracle.matmul_budget(problem.x, problem.weights[1], problem.x.dtype, bias),
+    )
+    assert kinds(found) == sums
+
+
+@pytest.mark.parametrize("kind, axis, of_x, sums, spec", CUTS)
+def test_ragged_dot(kind, axis, of_x, sums, spec):
+    problem, sizes = case("explicit_ragged"), np.array([3, 1, 0, 4])
+    x, stack = put(MESH, problem.x, *of_x), jm.shard(problem.stack(), MESH, kind, axis)
+    out, found = run(jm.ragged_dot, x, stack, jnp.asarray(sizes))
+    assert jax.typeof(out).sharding.spec == spec and kinds(found) == sums
+    ids = np.repeat(np.arange(4), sizes)[:, None]
+    result, magnitude = (
+        oracle.routed_rows(f(problem.x), f(problem.weights), ids) for f in (np.asarray, np.abs)
+    )
+    oracle.assert_within(out, result, 2.0**-16 * magnitude)
+
+
+@pytest.mark.parametrize("kind, axis", [("expert", "expert"), (("column", "row"), "tensor")])
+def test_layer(kind, axis):
+    layer = Layer(case("explicit_layer", bias=True), case("explicit_down", k=128, n=192))
+    stacks = jm.shard(layer.stacks(), MESH, kind, axis, gate_up=True)
+    tokens = [put(MESH, a, "data") for a in (layer.x, *layer.routes)]
+    out, found = run(jm.moe_ffn, *tokens, *stacks)
+    assert jax.typeof(out).sharding.spec == P("data", None) and kinds(found) == ["all-reduce"]
+    oracle.assert_within(out, *expected(layer))
+
+
+def test_an_operand_that_cannot_be_used_as_it_lies_is_refused():
+    problem = case("explicit_misfit", g_idx="per_expert")
+    stack = jm.shard(problem.stack(), MESH, "column", "tensor")
+    sizes = jnp.array([3, 1, 0, 4])
+    with pytest.raises(
+        ValueError, match=r"moe_matmul: x \[8, 256\] has sharding .*its axis 1 cannot"
+    ):
+        jax.jit(jm.ragged_dot)(put(MESH, problem.x, None, "data"), stack, sizes)
+    with pytest.raises(ValueError, match=r"moe_matmul: x .*axis 0 cannot be cut over tensor"):
+        jax.jit(jm.ragged_dot)(put(MESH, problem.x, "tensor"), stack, sizes)
