@@ -184,9 +184,10 @@ def _check_layer(halves: list[Any], down: Any, is_pair: bool) -> None:
     names = ["gate", "up"] if is_pair else ["gate_up"]
     for name, stack in [*zip(names, halves, strict=True), ("down", down)]:
         if not isinstance(stack, MarlinExpertStack) or stack.is_single:
+            is_array = isinstance(stack, np.ndarray | jax.Array)  # whose repr is a page of numbers
+            got = type(stack).__name__ if is_array else repr(stack)
             raise TypeError(
-                f"fold_act_order: {name} is {stack!r}, expected a MarlinExpertStack with an "
-                "expert axis"
+                f"fold_act_order: {name} is {got}, expected a MarlinExpertStack with an expert axis"
             )
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(stack)):
             raise TypeError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,7 @@ def scratch_bytes(
         Bytes.
 
     Raises:
+        TypeError: `w` is no packed weight.
         ValueError: m is negative, top_k or moe_block_size less than 1.
 
     Example:
@@ -119,8 +121,13 @@ def scratch_bytes(
         >>> jm.scratch_bytes(8, jm.quantize(np.ones((64, 128), np.float32), group_size=32)) >= 0
         True
     """
-    if m < 0:
-        raise ValueError(f"scratch_bytes: m is {m}, expected at least 0")
+    if not isinstance(m, numbers.Integral) or m < 0:
+        raise ValueError(f"scratch_bytes: m is {m!r}, expected an integer of at least 0")
+    if not isinstance(w, MarlinLinear | MarlinExpertStack):
+        raise TypeError(
+            f"scratch_bytes: w is {type(w).__name__}, expected a MarlinLinear or MarlinExpertStack"
+        )
+    m = int(m)
     top_k = checks.check_positive(top_k, "top_k", "scratch_bytes")
     if ffi_targets.cuda_unavailable_reason() is not None or w.dtype not in checks.KERNEL_DTYPES:
         return 0

@@ -56,6 +56,9 @@ def gptq_to_canonical(
     """
     # bits are checked before K is derived from them
     bits = QuantSpec.create(bits=bits, group_size=-1, k=1, n=1, where=where).bits
+    if symmetric is not None and not isinstance(symmetric, (bool, np.bool_)):
+        raise TypeError(f"{where}: symmetric is {symmetric!r}, expected True, False or None")
+    symmetric = None if symmetric is None else bool(symmetric)
     words = _words(qweight, "qweight", where)  # uint32 [ceil(K / P), N]
     groups = None if g_idx is None else host_array(g_idx, "g_idx", where)
     rows = words.shape[0] * 32 // bits if groups is None else groups.size
@@ -68,9 +71,10 @@ def gptq_to_canonical(
     )
     expected = (-(-spec.k // spec.pack_factor), spec.n)
     if words.shape != expected:
+        source = f"k={spec.k}" if groups is None or k is not None else f"K = {spec.k} of g_idx"
         raise ValueError(
             f"{where}: qweight has shape {words.shape}, expected (K * bits / 32, N) = {expected}; "
-            f"is k={spec.k} right?"
+            f"is {source} right?"
         )
     scales = host_array(scales, "scales", where)
     if scales.shape != (spec.num_groups, spec.n):

@@ -179,10 +179,19 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
 
 def compute_dtype(dtype: DTypeLike, where: str) -> np.dtype:
     """`dtype` if weights can compute in it."""
-    dtype = jnp.dtype(dtype)
+    expected = "float16, bfloat16 or float32"
+    dtype = as_dtype(dtype, "dtype", expected, where)
     if dtype not in _COMPUTE_DTYPES:
-        raise TypeError(f"{where}: dtype is {dtype}, expected float16, bfloat16 or float32")
+        raise TypeError(f"{where}: dtype is {dtype}, expected {expected}")
     return dtype
+
+
+def as_dtype(value: DTypeLike, name: str, expected: str, where: str) -> np.dtype:
+    """`value` as a dtype, or a TypeError that names the argument."""
+    try:
+        return jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{where}: {name} is {value!r}, expected {expected}") from None
 
 
 def leaf_bytes(tree: Any) -> int:

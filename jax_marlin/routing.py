@@ -70,6 +70,9 @@ def route(
     groups = _checked_groups(num_groups, top_groups, num_experts, top_k)
 
     logits = logits.astype(jnp.float32)
+    # -0 becomes 0, its equal, which sorts would put before it; the gradient stays 1.
+    own = jax.lax.stop_gradient(logits)
+    logits = logits + jnp.where(own == 0, jnp.abs(own), 0.0)
     if scoring == "softmax" and renormalize and bias is None and groups is None:
         # The others' share cancels out: a softmax over the chosen logits alone is the same.
         chosen, topk_ids = largest(logits, top_k)

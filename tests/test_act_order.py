@@ -133,6 +133,7 @@ def test_bad_layers_are_refused_by_name():
         "gate_up holds 3 stacks": (ValueError, (gate, gate, gate), down),
         "down is MarlinExpertStack(": (TypeError, gate_up, single),
         "gate_up is MarlinLinear(": (TypeError, gate_up[0], down),
+        "gate_up is ndarray, expected a MarlinExpertStack": (TypeError, np.ones((2, 3)), down),
     }  # fmt: skip
     for message, (error, first, second) in cases.items():
         with pytest.raises(error, match=re.escape(f"fold_act_order: {message}")):

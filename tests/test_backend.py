@@ -71,8 +71,12 @@ def test_scratch_bytes(monkeypatch):
     slots = 14 + 3 * 7  # 7 tokens, top 2, three experts, blocks of 8
     gathered = 14 * 96 * 2
     assert scratch_bytes(7, stack, top_k=2, moe_block_size=8) == 4 * slots * 200 + gathered
-    with pytest.raises(ValueError, match="scratch_bytes: m is -1, expected at least 0"):
+    with pytest.raises(ValueError, match="scratch_bytes: m is -1, expected an integer of at"):
         scratch_bytes(-1, stack)
+    with pytest.raises(ValueError, match=r"scratch_bytes: m is 1\.5, expected an integer"):
+        scratch_bytes(1.5, stack)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scratch_bytes: w is ndarray, expected a MarlinLinear"):
+        scratch_bytes(7, X)  # type: ignore[arg-type]
     install(monkeypatch, None)
     assert scratch_bytes(7, stack) == 0
 

@@ -94,6 +94,13 @@ CASES = {
         "load_gptq: scales up to 1e+39 overflow float32",
         {"scales": changed(SCALES.astype(np.float64), (1, 2), -1e38), "dtype": np.float32},
     ),
+    "dtype_unknown": (
+        {"dtype": "float99"}, TypeError, "load_gptq: dtype is 'float99', expected float16, bf",
+        {"dtype": "bfloat16"},
+    ),
+    "symmetric_as_text": (
+        {"symmetric": "yes"}, TypeError, "symmetric is 'yes', expected True, False or None", {},
+    ),
     "dtype_of_integers": (
         {"dtype": np.int8},
         TypeError,
@@ -110,7 +117,7 @@ CASES = {
         {"qzeros": QZEROS.view(np.uint8)}, TypeError, "qzeros has dtype uint8", {},
     ),
     "qzeros_missing_though_asymmetric": (
-        {"qzeros": None, "symmetric": False},
+        {"qzeros": None, "symmetric": np.False_},
         ValueError,
         "qzeros is None, expected an array with symmetric=False",
         {"qzeros": None, "symmetric": True},
@@ -143,11 +150,13 @@ CASES = {
         {"bits": 3}, NotImplementedError, "load_gptq: bits is 3, expected 4 or 8", {"bits": 4},
     ),
     "bits_0": ({"bits": 0}, ValueError, "load_gptq: bits is 0, expected 4 or 8", {}),
-    "bits_8_of_4_bit_words": (
-        {"bits": 8}, ValueError, "expected (K * bits / 32, N) = (32, 96)", {"bits": 4},
-    ),
+    "bits_8_of_4_bit_words": ({"bits": 8}, ValueError, "expected (K * bits / 32, N) = (32", {}),
     "group_size_off": (
         {"group_size": 48}, ValueError, "load_gptq: group_size is 48", {"group_size": 32},
+    ),
+    "g_idx_of_fewer_words": (
+        {"g_idx": GROUPS[:64], "k": None}, ValueError, "(8, 96); is K = 64 of g_idx right?",
+        {"g_idx": GROUPS, "k": None},
     ),
     "g_idx_too_short": (
         {"g_idx": GROUPS[1:]},

@@ -224,6 +224,17 @@ class TestErrors:
         with pytest.raises(TypeError, match="w is ndarray, expected MarlinLinear"):
             matmul(case.x, case.weights[0])  # type: ignore[arg-type]
 
+    def test_no_x(self):
+        with pytest.raises(TypeError, match=r"^matmul: x is None, expected an array of float32"):
+            matmul(None, small()[0].stack()[0])  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("dtype", ["int32", "float99"])
+    def test_preferred_element_type_is_a_float(self, dtype):
+        case, _ = small()
+        with pytest.raises(TypeError, match=rf"^matmul: preferred_element_type is .?{dtype}"):
+            matmul(case.x, case.stack()[0], preferred_element_type=dtype)
+        assert matmul(case.x, case.stack()[0], preferred_element_type="float16").dtype == "float16"
+
     def test_unknown_implementation(self):
         case, expected = small()
         with pytest.raises(ValueError, match="implementation is 'triton', expected None, 'cuda'"):

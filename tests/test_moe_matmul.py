@@ -246,7 +246,7 @@ class TestErrors:
             self.call(topk_weights=np.ones(7, np.float32))
 
     @pytest.mark.parametrize("name", ["moe_block_size", "top_k"])
-    @pytest.mark.parametrize("value", [0, -1, 2.0])
+    @pytest.mark.parametrize("value", [0, -1, 2.0, True])
     def test_sizes_that_are_no_positive_ints(self, name, value):
         with pytest.raises(ValueError, match=f"{name} is {value}, expected a static int"):
             self.call(**{name: value})
@@ -260,12 +260,14 @@ class TestErrors:
         with pytest.raises(TypeError, match="x has dtype bfloat16 but the weight computes in f"):
             self.call(x=jnp.asarray(case.x, jnp.bfloat16))
 
-    def test_one_linear_is_no_stack(self):
+    def test_what_is_no_stack(self):
         case, _, _ = small()
         with pytest.raises(TypeError, match="expected a MarlinExpertStack of experts"):
             self.call(stack=case.stack()[0])
         with pytest.raises(TypeError, match="expected a MarlinExpertStack of experts"):
             self.call(stack=jax.tree.map(lambda leaf: leaf[0], case.stack()))
+        with pytest.raises(TypeError, match=r"^moe_matmul: stack is ndarray, expected a Marlin"):
+            self.call(stack=case.weights)
 
 
 def test_wide_padding_ids_do_not_wrap_into_rows():

@@ -157,3 +157,12 @@ def test_the_largest_allowed_values_are_accepted():
     route(LOGITS, 8)
     route(LOGITS, np.int64(2), num_groups=4, top_groups=1)
     route(LOGITS, 8, num_groups=4, top_groups=4, correction_bias=np.zeros(8, np.float16))
+
+
+@pytest.mark.parametrize("tokens", [1, 2**16])
+def test_zeros_of_both_signs_are_a_tie(tokens):
+    """Few rows are ranked by counting, many by a sort."""
+    logits = jnp.tile(jnp.array([[-1.0, -0.0, 0.0, -0.0, 0.0]]), (tokens, 1))
+    topk_weights, topk_ids = jax.jit(lambda a: route(a, 3))(logits)
+    np.testing.assert_array_equal(topk_ids, np.tile([1, 2, 3], (tokens, 1)))
+    np.testing.assert_allclose(topk_weights, np.full((tokens, 3), 1 / 3), rtol=1e-6)

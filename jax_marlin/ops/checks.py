@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_marlin.linear import as_dtype
 from jax_marlin.ops import ffi_targets
 
 KERNEL_DTYPES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
@@ -22,6 +23,8 @@ _COMPUTE_DTYPES = (*KERNEL_DTYPES, jnp.dtype(jnp.float32))
 
 def check_x(x, k: int, weight_dtype, where: str, rank: int | None = None) -> jax.Array:
     """`x` as an array whose last axis is `k` long, of exactly the weight's compute dtype."""
+    if x is None:
+        raise TypeError(f"{where}: x is None, expected an array of {jnp.dtype(weight_dtype)}")
     x = jnp.asarray(x)
     if x.ndim == 0 or (rank is not None and x.ndim != rank) or x.shape[-1] != k:
         expected = f"[..., {k}]" if rank is None else f"[T, {k}]"
@@ -107,16 +110,23 @@ def check_implementation(implementation: str | None, dtype, where: str) -> None:
         raise NotImplementedError(f"{where}: implementation='cuda' cannot run: {reason}")
 
 
-def result_dtypes(x_dtype, preferred_element_type) -> tuple[np.dtype, np.dtype]:
+def result_dtypes(x_dtype, preferred_element_type, where: str) -> tuple[np.dtype, np.dtype]:
     """(dtype the op writes, dtype the caller gets): x's dtype and float32 are written directly."""
-    wanted = jnp.dtype(x_dtype if preferred_element_type is None else preferred_element_type)
+    wanted = as_dtype(
+        x_dtype if preferred_element_type is None else preferred_element_type,
+        "preferred_element_type", "a floating-point dtype", where,
+    )  # fmt: skip
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise TypeError(
+            f"{where}: preferred_element_type is {wanted}, expected a floating-point dtype"
+        )
     written = jnp.dtype(x_dtype) if wanted == x_dtype else jnp.dtype(jnp.float32)
     return written, wanted
 
 
 def check_positive(value, name: str, where: str) -> int:
     """`value` as a Python int of at least 1 (block sizes and top_k are static)."""
-    if not isinstance(value, numbers.Integral) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {name} is {value!r}, expected a static int of at least 1")
     return int(value)
 

@@ -66,7 +66,7 @@ def matmul(
     spec = stack.held_spec
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")
-    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
+    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, "matmul")
     if stack.perm is not None:
         x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
     bias = stack.bias if own_bias is None else own_bias

@@ -119,7 +119,9 @@ def routed_matmul(
         float[T * top_k, N].
     """
     if not isinstance(stack, MarlinExpertStack | DenseExpertStack) or stack.is_single:
-        raise TypeError(f"{where}: stack is {stack!r}, expected a MarlinExpertStack of experts")
+        is_array = isinstance(stack, np.ndarray | jax.Array)  # whose repr is a page of numbers
+        got = type(stack).__name__ if is_array else repr(stack)
+        raise TypeError(f"{where}: stack is {got}, expected a MarlinExpertStack of experts")
     if isinstance(stack, DenseExpertStack):
         check_dense(stack, where, implementation)
     else:
@@ -129,7 +131,7 @@ def routed_matmul(
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
     top_k = checks.check_positive(top_k, "top_k", where)
     slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
-    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
+    written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, where)
     row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
     if isinstance(stack, DenseExpertStack):
         out = dense_moe_matmul(

@@ -57,13 +57,6 @@ def ragged_dot(
         [32.0, 32.0, 32.0, 0.0, 0.0]
     """
     _check_precision(precision)
-    if preferred_element_type is not None and not jnp.issubdtype(
-        preferred_element_type, jnp.floating
-    ):
-        raise TypeError(
-            f"{_WHERE}: preferred_element_type is {jnp.dtype(preferred_element_type)}, expected a"
-            " floating-point dtype"
-        )
     if not isinstance(stack, ExpertStack) or stack.is_single:
         raise TypeError(
             f"{_WHERE}: stack is {type(stack).__name__}, expected a MarlinExpertStack with an"
