@@ -12,7 +12,10 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["1_quickstart.ipynb"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "1_quickstart",
+        "2_packed_layout",
+    ]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
