@@ -15,6 +15,7 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == [
         "1_quickstart",
         "2_packed_layout",
+        "4_checkpoint",
         "7_benchmarks",
     ]
 
