@@ -16,6 +16,7 @@ def test_there_are_notebooks():
         "1_quickstart",
         "2_packed_layout",
         "4_checkpoint",
+        "5_sharding",
         "7_benchmarks",
     ]
 
