@@ -68,7 +68,7 @@ def matmul(
     checks.check_implementation(implementation, x.dtype, "matmul")
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
     if stack.perm is not None:
-        x = jnp.take(x, stack.perm[expert], axis=-1, mode="clip")
+        x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
     bias = stack.bias if own_bias is None else own_bias
     leading = x.shape[:-1]
     out = _primitive.bind(
@@ -159,6 +159,7 @@ def _fold_stacks(weights, dims):
     if expert_dim is not None:
         expert = jnp.moveaxis(expert, expert_dim, 0)
     num_experts = leaves[0].shape[0] // batch
+    expert = jnp.clip(expert, 0, num_experts - 1)  # or it would name a neighbour's
     expert = expert + num_experts * jnp.arange(batch, dtype=jnp.int32)
     return [*leaves, expert], [*leaf_dims, 0]
 
