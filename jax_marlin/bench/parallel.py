@@ -159,8 +159,8 @@ def _report(args: argparse.Namespace, records: list[dict[str, Any]]) -> dict[str
     conditions = {
         "devices": [device.device_kind for device in jax.devices()[: args.devices]],
         "jax": jax.__version__, "dtype": args.dtype, "bits": 4, "group_size": args.group_size,
-        "method": f"median of {args.runs} runs of one program of {args.calls} calls less the time "
-        "of the same program without them; weights rotated past L2; bytes that a device sends in "
+        "method": f"median of {args.runs} runs of programs of {args.calls} calls, queued behind "
+        "each other; weights rotated past L2; bytes that a device sends in "
         "one call, of a ragged all-to-all the most",
     }  # fmt: skip
     return {"conditions": conditions, "records": records}

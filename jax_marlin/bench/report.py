@@ -39,8 +39,8 @@ def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) 
     """What the times of operations depend on; see `environment` for the arguments."""
     return {
         **environment(options.quantization, ceilings, given=given),
-        "method": f"median of {options.runs} runs of one program of several calls less the time "
-        "of the same program without them; weights and routings rotated past L2; moe: aligned "
+        "method": f"median of {options.runs} runs of programs of several calls, queued behind "
+        "each other; weights and routings rotated past L2; moe: aligned "
         "before; layer: aligned inside; floor: packed weights read once, or the flops; Humming: "
         "median of as many replays of a CUDA graph of the calls; of best peer: its time over ours",
     }
