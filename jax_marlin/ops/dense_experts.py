@@ -43,24 +43,22 @@ def dense_moe_matmul(
 ) -> jax.Array:
     """`reference.moe_matmul` of a dense stack; operands and result are the same."""
 
-    @jax.custom_jvp
-    def product(x, stack, *routing):
-        return reference.routed_rows(
-            x,
-            lambda expert: reference.of_expert(stack.weight, expert).astype(jnp.float32),
-            jnp.zeros((0,), jnp.int32),
-            jnp.zeros((0,), stack.dtype) if stack.bias is None else stack.bias,
-            *routing,
-            num_experts=stack.num_experts,
-            n=stack.n_per_expert,
-            moe_block_size=moe_block_size,
-            top_k=top_k,
-            weights_before_bias=weights_before_bias,
-            out_dtype=out_dtype,
-        )
+    def product_of(expert):
+        weight = reference.of_expert(stack.weight, expert).astype(jnp.float32)
+        return lambda rows: reference.dot(rows, weight)
 
-    @product.defjvp
-    def _(primals, tangents):  # its loops would fail to differentiate, with no word of the reason
-        raise NotImplementedError("Differentiation of a product with a DenseExpertStack")
-
-    return product(x, stack, sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights)
+    return reference.routed_rows(
+        x,
+        product_of,
+        jnp.zeros((0,), stack.dtype) if stack.bias is None else stack.bias,
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_past_padded,
+        topk_weights,
+        num_experts=stack.num_experts,
+        n=stack.n_per_expert,
+        moe_block_size=moe_block_size,
+        top_k=top_k,
+        weights_before_bias=weights_before_bias,
+        out_dtype=out_dtype,
+    )

@@ -12,8 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.ops import checks, ffi_targets
+from jax_marlin.ops import checks, ffi_targets, folding
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
+from jax_marlin.ops.gradients import expert_of_row, routed_gradients, vary_together
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
@@ -127,17 +128,38 @@ def routed_matmul(
     slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
     row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
+    static = _Static(
+        moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written, implementation
+    )
+    return _product(static, *vary_together(x, stack, slots, expert_ids, used, row_weights)).astype(
+        wanted
+    )
+
+
+class _Static(NamedTuple):
+    moe_block_size: int
+    top_k: int
+    weights_before_bias: bool
+    zero_output: bool
+    out_dtype: np.dtype
+    implementation: str | None
+
+
+def _compute(
+    static: _Static, x, stack: ExpertStack, slots, expert_ids, used, row_weights
+) -> jax.Array:
+    """Checked arguments to `[T * top_k, N]`; `row_weights` is empty for ones."""
     if isinstance(stack, DenseExpertStack):
         return dense_moe_matmul(
             x, stack, slots, expert_ids, used, row_weights,
-            moe_block_size=moe_block_size, top_k=top_k,
-            weights_before_bias=bool(weights_before_bias), out_dtype=written,
-        ).astype(wanted)  # fmt: skip
+            moe_block_size=static.moe_block_size, top_k=static.top_k,
+            weights_before_bias=static.weights_before_bias, out_dtype=static.out_dtype,
+        )  # fmt: skip
     spec, perm = stack.spec, stack.perm
     if perm is not None and spec.shared_perm:
         # One gather of x for all experts, and none for each routed row.
         x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
-    out = _primitive.bind(
+    return _primitive.bind(
         x,
         stack.qweight,
         stack.scales,
@@ -152,14 +174,29 @@ def routed_matmul(
         k=spec.k,
         n=spec.n,
         group_size=spec.group_size,
-        moe_block_size=moe_block_size,
-        top_k=top_k,
-        weights_before_bias=bool(weights_before_bias),
-        zero_output=bool(zero_output),
-        out_dtype=written,
-        implementation=implementation,
+        **static._asdict(),
     )
-    return out.astype(wanted)
+
+
+def _forward(static, *operands):
+    return _compute(static, *operands), operands
+
+
+def _backward(static, operands, g):
+    x, stack, slots, expert_ids, used, row_weights = operands
+    ids = expert_of_row(
+        slots, expert_ids, used, num_rows=g.shape[0], moe_block_size=static.moe_block_size
+    )
+    d_x, d_weights, d_stack = routed_gradients(
+        g, x, ids, row_weights if row_weights.size else None, stack,
+        top_k=static.top_k, weights_before_bias=static.weights_before_bias,
+        implementation=static.implementation,
+    )  # fmt: skip
+    return d_x.astype(x.dtype), d_stack, None, None, None, d_weights
+
+
+_product = jax.custom_vjp(_compute, nondiff_argnums=(0,))
+_product.defvjp(_forward, _backward)
 
 
 def _check_routing(routing, num_experts, moe_block_size, where):
@@ -227,7 +264,25 @@ def _custom_call(x, qweight, scales, zero_points, perm, *rest, n, out_dtype, **p
 
 
 def _batching(operands, dims, **params):
-    return map_sequentially(_primitive, operands, dims, params)
+    """One call: a batch of x or of routings is more rows, a batch of stacks more experts."""
+    x, *leaves = operands[:6]
+    folded = folding.fold_leaves(leaves, dims[1:6])
+    if folded is None:
+        return map_sequentially(_primitive, operands, dims, params)
+    size = folding.batch_size(operands, dims)
+    x, slots, expert_ids, used, weights = (
+        folding.to_front(operands[i], dims[i], size) for i in (0, 6, 7, 8, 9)
+    )
+    routing = folding.fold_routing(
+        slots, expert_ids, used,
+        num_rows=x.shape[1] * params["top_k"],
+        num_experts=folded[0][0].shape[0] // (size if folded[1] else 1),
+        moe_block_size=params["moe_block_size"], batched_experts=folded[1],
+    )  # fmt: skip
+    num_tokens, top_k = x.shape[1], params["top_k"]
+    x = x.reshape(size * num_tokens, x.shape[2])
+    out = _primitive.bind(x, *folded[0], *routing, weights.reshape(-1), **params)
+    return out.reshape(size, num_tokens * top_k, params["n"]), 0
 
 
 _primitive = Primitive(TARGET)
