@@ -21,7 +21,7 @@ def wide(a) -> np.ndarray:
 
 
 def gradients(layer: Layer, stacks, g, *, x=None, ids=None, weights=None, **options):
-    """Of x, topk_weights, the biases of gate_up's stacks and that of down, by a jitted pull-back."""
+    """Of x, topk_weights, biases of gate_up (a tuple) and bias of down, by a jitted pull-back."""
     gate_up, down = stacks
     is_pair = isinstance(gate_up, tuple)
     halves = gate_up if is_pair else (gate_up,)

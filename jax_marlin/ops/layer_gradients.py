@@ -28,7 +28,7 @@ def layer_gradients(
     implementation: str | None,
     where: str,
 ) -> tuple[jax.Array, None, jax.Array, tuple[Any, ...], Any]:
-    """Cotangents of x, of ids (None), of weights, halves and down, given `g` `[T, N]`, the result's.
+    """Cotangents of x, ids (None), weights, halves and down, given the result's, `g` `[T, N]`.
 
     The other arguments are those of `composed_layer`.
     """

@@ -38,7 +38,9 @@ def weight_gradient(
 
 
 def _default(x, g, ids, *, num_experts, top_k, out_dtype):
-    num_rows = g.shape[0]
+    num_rows, shape = g.shape[0], (x.shape[1], g.shape[1])
+    if isinstance(num_rows, int) and num_rows == 0:
+        return jnp.zeros((num_experts, *shape), out_dtype)
     size = rows_at_once(num_rows, num_experts)
     slots, expert_ids, _ = align_routed_rows(ids[:, None], size, num_experts)
     expert_ids = jnp.where(expert_ids < 0, num_experts, expert_ids)  # ascending, unused ones last
@@ -55,8 +57,9 @@ def _default(x, g, ids, *, num_experts, top_k, out_dtype):
             jnp.searchsorted(expert_ids, expert, side=side).astype(jnp.int32)
             for side in ("left", "right")
         )
-        zeros = jnp.zeros((x.shape[1], g.shape[1]), jnp.float32)
-        return lax.fori_loop(first, last, one_block, zeros).astype(out_dtype)
+        return lax.fori_loop(first, last, one_block, jnp.zeros(shape, jnp.float32)).astype(
+            out_dtype
+        )
 
     return lax.map(one_expert, jnp.arange(num_experts, dtype=jnp.int32))
 
