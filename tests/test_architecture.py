@@ -18,7 +18,7 @@ PYTHON_STAGES = [
     {"layout"},
     {"canonical"},
     {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
-    {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
+    {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack", "trainable"},
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},
     {"models"},
