@@ -49,11 +49,11 @@ def _users(jaxpr: Jaxpr, variable) -> Iterator[str]:
                 yield from _users(one, one.invars[position])
 
 
-def packed_results(hlo: str, shape: tuple[int, ...]) -> list[str]:
-    """Instructions of compiled HLO that make a uint32 array of `shape`: copies of a packed leaf.
+def packed_results(compiled: jax.stages.Compiled, shape: tuple[int, ...]) -> list[str]:
+    """Instructions of a compiled program that make a uint32 array of `shape`: copies of a packed leaf.
 
     Parameters, and the tuples that loops and calls hand on, are names for a buffer that exists.
     """
     text = r"u32\[" + ",".join(map(str, shape)) + r"\]\S* ([\w-]+)\("
-    names = re.findall(r"= " + text, hlo)
+    names = re.findall(r"= " + text, compiled.as_text() or "")
     return [n for n in names if n not in ("parameter", "get-tuple-element", "bitcast", "constant")]

@@ -1,7 +1,7 @@
 """The four ops as functions of the same arguments, for tests that put each through JAX."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ class Arguments(NamedTuple):
 
 def arguments(seed: int = 0, top_k: int = TOP_K, **fields) -> Arguments:
     rng = np.random.default_rng(seed)
-    fields = {"dtype": "float32", "num_experts": E, "bias": True} | fields
-    stack = build(Problem(f"gate_up {seed}", k=H, n=H, **{"group_size": 32} | fields)).stack()
-    fields |= {"g_idx": "none"}
+    fields: dict[str, Any] = {"dtype": "float32", "num_experts": E, "bias": True} | fields
+    stack = build(Problem(f"gate_up {seed}", k=H, n=H, group_size=32, **fields)).stack()
+    fields["g_idx"] = "none"
     down = build(Problem(f"down {seed}", k=H // 2, n=H, group_size=-1, **fields)).stack()
     x = rng.standard_normal((T, H)).astype(fields["dtype"])
     ids = rng.integers(-1, E, (T, top_k)).astype(np.int32)

@@ -22,8 +22,11 @@ def same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))],
-                         ids=["copy", "deepcopy", "pickle"])  # fmt: skip
+def pickled(weight):
+    return pickle.loads(pickle.dumps(weight))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("weight", [STACK, STACK[1], jm.DenseExpertStack(jnp.ones((2, 8, 4)))],
                          ids=["stack", "linear", "dense"])  # fmt: skip
 def test_copies(duplicate, weight):
@@ -98,7 +101,7 @@ def test_flax_nnx_parameters():
     same(layer.variable.get_value(), STACK)
 
 
-@needs("orbax.checkpoint") if importlib.util.find_spec("orbax") else needs("orbax")
+@needs("orbax")
 def test_orbax_saves_and_restores(tmp_path):
     import orbax.checkpoint as ocp  # pyright: ignore[reportMissingImports]
 
