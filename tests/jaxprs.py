@@ -50,7 +50,7 @@ def _users(jaxpr: Jaxpr, variable) -> Iterator[str]:
 
 
 def packed_results(compiled: jax.stages.Compiled, shape: tuple[int, ...]) -> list[str]:
-    """Instructions of a compiled program that make a uint32 array of `shape`: copies of a packed leaf.
+    """Instructions of a program that make a uint32 array of `shape`: copies of a packed leaf.
 
     Parameters, and the tuples that loops and calls hand on, are names for a buffer that exists.
     """

@@ -23,9 +23,9 @@ class Arguments(NamedTuple):
     down: jm.MarlinExpertStack  # [E, H / 2, H]
 
 
-def arguments(seed: int = 0, top_k: int = TOP_K, **fields) -> Arguments:
+def arguments(seed: int = 0, top_k: int = TOP_K, **changes) -> Arguments:
     rng = np.random.default_rng(seed)
-    fields: dict[str, Any] = {"dtype": "float32", "num_experts": E, "bias": True} | fields
+    fields: dict[str, Any] = {"dtype": "float32", "num_experts": E, "bias": True} | changes
     stack = build(Problem(f"gate_up {seed}", k=H, n=H, group_size=32, **fields)).stack()
     fields["g_idx"] = "none"
     down = build(Problem(f"down {seed}", k=H // 2, n=H, group_size=-1, **fields)).stack()
