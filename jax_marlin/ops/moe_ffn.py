@@ -40,6 +40,11 @@ def moe_ffn(
     output once. Biases of the stacks are added to gate_up's and down's products. Expert ids that
     are negative or out of range contribute nothing.
 
+    Reverse mode gives gradients of x, topk_weights and the biases (and of a `DenseExpertStack`'s
+    weights). It keeps only the arguments and computes gate_up's product again: 5/3 of the forward
+    pass's arithmetic, one dequantized expert in memory at a time. What is packed is frozen: scales
+    get zeros, integers float0. Under `jax.vmap` a batch of tokens or of layers is one larger call.
+
     Args:
         x: `[..., H]` of the stacks' dtype.
         topk_ids: `[..., top_k]` integers, as `route` returns them.

@@ -24,22 +24,11 @@ from jax_marlin.ops.primitive import (
     result_aval,
     set_batching,
 )
+from jax_marlin.ops.routing_arguments import Routing, check_routing, flat_weights
 from jax_marlin.weights import MarlinExpertStack
 
 ExpertStack: TypeAlias = MarlinExpertStack | DenseExpertStack
 TARGET = "jax_marlin_moe_matmul_v1"
-
-
-class Routing(NamedTuple):
-    """Which rows go to which expert, as `moe_align_block_size` returns it.
-
-    Block b holds slots [b * moe_block_size, (b + 1) * moe_block_size) and uses one expert. With
-    R = T * top_k routed rows, slot id s reads `x[s // top_k]` and writes row s of the result.
-    """
-
-    sorted_token_ids: checks.Integers  # int32[L], ids outside [0, R) are padding
-    expert_ids: checks.Integers  # int32[B], -1 skips the block
-    num_tokens_past_padded: checks.Integers  # int32[1], slots past it are not used
 
 
 def moe_matmul(
@@ -54,6 +43,11 @@ def moe_matmul(
     topk_weights: ArrayLike | None = None,
 ) -> jax.Array:
     """Multiplies each routed row by its expert's weight; accumulates in float32.
+
+    Reverse mode gives gradients of x, topk_weights and the bias (and of a `DenseExpertStack`'s
+    weights) by one product of the same size, with one dequantized expert in memory at a time. What
+    is packed is frozen: scales get zeros, integers float0. Under `jax.vmap` a batch of x, of
+    routings or of stacks is one larger call.
 
     Args:
         x: float[T, K] of the stack's dtype.
@@ -125,9 +119,9 @@ def routed_matmul(
     checks.check_implementation(implementation, x.dtype, where)
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
     top_k = checks.check_positive(top_k, "top_k", where)
-    slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
+    slots, expert_ids, used = check_routing(routing, stack.num_experts, moe_block_size, where)
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type)
-    row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
+    row_weights = flat_weights(topk_weights, x.shape[0], top_k, where)
     static = _Static(
         moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written, implementation
     )
@@ -197,43 +191,6 @@ def _backward(static, operands, g):
 
 _product = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 _product.defvjp(_forward, _backward)
-
-
-def _check_routing(routing, num_experts, moe_block_size, where):
-    """The three routing arrays as int32, with sizes that fit one another."""
-    checks.check_host_expert_ids(routing.expert_ids, num_experts, where)
-    slots, expert_ids, used = (
-        checks.check_ids(ids, name, where)
-        for name, ids in zip(Routing._fields, routing, strict=True)
-    )
-    if used.shape != (1,):
-        raise ValueError(f"{where}: num_tokens_past_padded has shape {used.shape}, expected (1,)")
-    num_blocks = -(-slots.shape[0] // moe_block_size)
-    if expert_ids.shape[0] != num_blocks:
-        raise ValueError(
-            f"{where}: expert_ids has shape {expert_ids.shape}, expected ({num_blocks},): one for "
-            f"each {moe_block_size} of the {slots.shape[0]} sorted_token_ids; was "
-            "moe_align_block_size called with another moe_block_size?"
-        )
-    return slots, expert_ids, used
-
-
-def _flat_weights(topk_weights, num_tokens, top_k, where):
-    """Router weights as float32[R], or empty."""
-    if topk_weights is None:
-        return jnp.zeros((0,), jnp.float32)
-    weights = jnp.asarray(topk_weights)
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(
-            f"{where}: topk_weights has dtype {weights.dtype}, expected a float dtype; "
-            "are topk_ids and topk_weights swapped?"
-        )
-    if weights.shape not in ((num_tokens * top_k,), (num_tokens, top_k)):
-        raise ValueError(
-            f"{where}: topk_weights has shape {weights.shape}, expected (T, top_k) = "
-            f"({num_tokens}, {top_k}), or flat ({num_tokens * top_k},)"
-        )
-    return weights.reshape(num_tokens * top_k).astype(jnp.float32)
 
 
 def _shape_rule(x, *operands, n, top_k, out_dtype, **_):
