@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda"))
+from every_op import FAMILIES
+
 pytestmark = pytest.mark.cuda
 
 SCRIPT = Path(__file__).resolve().parent / "cuda" / "every_op.py"
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family)))
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_every_op(tool):
+def test_every_op(tool, family):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
@@ -29,7 +33,7 @@ def test_every_op(tool):
     watched = ["--kernel-name", "kns=jax_marlin"]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
     done = subprocess.run(
-        [*command, sys.executable, str(SCRIPT)],
+        [*command, sys.executable, str(SCRIPT), str(FAMILIES.index(family))],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = done.stdout + done.stderr

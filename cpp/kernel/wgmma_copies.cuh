@@ -39,58 +39,59 @@ struct WorkRequest {
   }
 };
 
-// Rows of x that this thread gathers, one vector of each every 64 of K. Padding rows keep what
-// they held: only their own columns of the product depend on it, and those are not stored.
+// Rows of x that this thread gathers, one vector of each every 64 of K. Padding past the last row
+// keeps what stages held, and padding before it is row 0: only their own columns of the product
+// depend on it, and those are not stored.
 template <class Config>
 struct XRows {
   using Element = typename Config::Element;
   using Stage = typename WgmmaStorage<Config>::Stage;
   static constexpr int kRows = kThreadRows<Config>;
-  uint32_t offset[kRows];  // from x, in vectors
-  uint32_t used = 0;       // bit i: row i is no padding
-  int vector, swizzled;    // place of row 0, in bytes
+  const uint4* from[kRows];  // in the live stage: an address a copy, and nothing else to compute
+  int count = 0;             // up to the last row that is no padding
+  int vector, swizzled;      // swizzled: place of row 0, in bytes
 
-  __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work, int thread)
+  __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work, int k_tile,
+                                   int thread)
       : vector(thread % kTileVectors) {
     const int row = thread / kTileVectors;
     swizzled = (row * kTile + (vector ^ row % 8) * kCopyVector) * static_cast<int>(sizeof(Element));
-    const uint32_t row_vectors = static_cast<uint32_t>(p.x_stride / kCopyVector);
+    const auto* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors + vector;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (work.row[i] >= 0) used |= 1u << i;
-      offset[i] = source_row(p, work.row[i]) * row_vectors + vector;
+      if (work.row[i] >= 0) count = i + 1;
+      from[i] = x + source_row(p, work.row[i]) * (p.x_stride / kCopyVector);
     }
   }
 
   // K tiles that are whole.
-  __device__ __forceinline__ void copy(const GemmParams& p, Stage& stage, int k_tile) const {
+  __device__ __forceinline__ void copy(Stage& stage) {
     const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
-    const uint4* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors;
 #pragma unroll
-    for (int t = 0; t < Config::kStageTiles; ++t) {
+    for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (used >> i & 1) {
-          ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, x + t * kTileVectors + offset[i]);
+      for (int t = 0; t < Config::kStageTiles; ++t) {
+        if (i < count) {
+          ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, from[i] + t * kTileVectors);
         }
       }
+      from[i] += Config::kStageTiles * kTileVectors;
     }
   }
 
   // The last stage, where K ends inside it: what lies past the end is zero.
-  __device__ __forceinline__ void copy_end(const GemmParams& p, Stage& stage, int k_tile,
-                                           int k_end) const {
+  __device__ __forceinline__ void copy_end(Stage& stage, int k_tile, int k_end) const {
 #pragma unroll 1
     for (int t = 0; t < Config::kStageTiles; ++t) {
-      const int k = (k_tile + t) * kTile;
-      const int valid = min(max(k_end - k - vector * kCopyVector, 0), kCopyVector);
-      // A copy of 0 bytes writes zeros but still wants an address inside the array.
-      const uint4* x = static_cast<const uint4*>(p.x) + (valid == 0 ? -vector : k / kCopyVector);
+      const int k = (k_tile + t) * kTile + vector * kCopyVector;
+      const int valid = min(max(k_end - k, 0), kCopyVector);
+      // A copy of 0 bytes writes zeros but still wants an address inside the array: the row's own.
+      const int step = valid == 0 ? -(k_tile * kTileVectors + vector) : t * kTileVectors;
       unsigned char* to = reinterpret_cast<unsigned char*>(&stage.x[t]) + swizzled;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (used >> i & 1) {
-          ptx::cp_async(to + i * kStepBytes, x + offset[i],
+        if (i < count) {
+          ptx::cp_async(to + i * kStepBytes, from[i] + step,
                         valid * static_cast<int>(sizeof(Element)));
         }
       }
@@ -103,7 +104,7 @@ struct XRows {
 
   // Row of x behind row `id` of out. With m = floor((2^32 - 1) / d) + 1, id * m / 2^32 is the
   // quotient or one more, for all id < 2^31.
-  static __device__ __forceinline__ uint32_t source_row(const GemmParams& p, int id) {
+  static __device__ __forceinline__ int64_t source_row(const GemmParams& p, int id) {
     const uint32_t row = static_cast<uint32_t>(max(id, 0)), divisor = p.row_divisor;
     if (divisor == 1) return row;
     const uint32_t quotient = __umulhi(row, 0xffffffffu / divisor + 1);

@@ -3,7 +3,7 @@
 //
 // All its threads gather x and scales with cp.async; a lane of each warp requests one column tile's
 // weights as a bulk copy. A stage costs the products 500 to 1000 clocks and must cost less here:
-// every thread keeps an offset for each of its rows.
+// every thread keeps an address for each of its rows.
 #pragma once
 
 #include "wgmma_copies.cuh"
@@ -86,7 +86,7 @@ class Producer {
     const int warp = thread_ / 32;
     WeightRun<Config> weights(p_, work, k_.begin, warp);
     ScaleRun<Config> scales(p_, work, k_.begin, Config::kCopyThreads - 1 - thread_);
-    const XRows<Config> x(p_, work, thread_);
+    XRows<Config> x(p_, work, k_.begin, thread_);
     const bool copies_weights = thread_ % 32 == 0 && warp < Config::kColumnTiles;
     const int x_end = min(k_.end * kTile, p_.k);
     for (int k_tile = k_.begin; k_tile < k_.end; k_tile += Config::kStageTiles) {
@@ -99,9 +99,9 @@ class Producer {
       }
       if (copies_weights) weights.copy(stage, k_tiles, warp, full);
       if ((k_tile + Config::kStageTiles) * kTile <= x_end) {
-        x.copy(p_, stage, k_tile);
+        x.copy(stage);
       } else {
-        x.copy_end(p_, stage, k_tile, x_end);
+        x.copy_end(stage, k_tile, x_end);
       }
       scales.copy(stage);
       ptx::mbarrier_arrive_after_copies(full);
