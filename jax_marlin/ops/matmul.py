@@ -114,7 +114,7 @@ def _compute(static: _Static, x, stack: MarlinExpertStack, own_bias, expert) -> 
 
 
 def _forward(static, x, *weights):
-    return _compute(static, x, *weights), weights
+    return _product(static, x, *weights), weights
 
 
 def _backward(static, weights, g):

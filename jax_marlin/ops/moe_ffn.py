@@ -108,7 +108,7 @@ def _compute(static: _Layer, x, ids, weights, halves, down) -> jax.Array:
 
 
 def _forward(static, *operands):
-    return _compute(static, *operands), operands
+    return _product(static, *operands), operands
 
 
 def _backward(static, operands, g):

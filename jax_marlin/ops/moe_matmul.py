@@ -173,7 +173,7 @@ def _compute(
 
 
 def _forward(static, *operands):
-    return _compute(static, *operands), operands
+    return _product(static, *operands), operands
 
 
 def _backward(static, operands, g):
