@@ -12,6 +12,7 @@ _COMMANDS = {
         "answer a prompt; or check a checkpoint's logits and decode tokens",
     ),
     "bench": ("jax_marlin.bench.__main__", "time the operations on this machine's GPU"),
+    "bench-model": ("jax_marlin.bench.model", "time a whole model's prefill and decoding"),
 }
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="INT4 mixture-of-experts inference inside jax.jit.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
-        + "\n".join(f"  {name:<10}{text}" for name, (_, text) in _COMMANDS.items())
+        + "\n".join(f"  {name:<13}{text}" for name, (_, text) in _COMMANDS.items())
         + "\n\n`jax-marlin COMMAND --help` lists a command's options.",
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="see below")

@@ -68,6 +68,11 @@ def route(
     groups = _checked_groups(num_groups, top_groups, num_experts, top_k)
 
     logits = logits.astype(jnp.float32)
+    if scoring == "softmax" and renormalize and bias is None and groups is None:
+        # The others' share cancels out: a softmax over the chosen logits alone is the same.
+        chosen, topk_ids = jax.lax.top_k(logits, top_k)
+        scores = jax.nn.softmax(chosen, axis=-1) * jnp.asarray(scale, jnp.float32)
+        return scores, topk_ids.astype(jnp.int32)
     if scoring == "softmax":
         scores = jax.nn.softmax(logits, axis=-1)
     elif scoring == "sigmoid":

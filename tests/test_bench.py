@@ -14,6 +14,7 @@ from jax_marlin.bench import humming, markdown, measure, problems, report
 from jax_marlin.bench.baselines import Baseline
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.floor import Ceilings, floor_microseconds
+from jax_marlin.bench.options import ceilings_of
 from jax_marlin.bench.problems import Problem, Quantization
 from jax_marlin.bench.shapes import SHAPES, select
 from jax_marlin.bench.timing import microseconds
@@ -176,7 +177,8 @@ def test_bad_options_end_with_their_reason(argv, message, capsys):
 
 def test_ceilings_are_measured():
     args = bench._parser().parse_args([])
-    ceilings = bench._ceilings(args, jnp.dtype("float32"))
+    ceilings, given = ceilings_of(args, jnp.dtype("float32"))
+    assert not given
     assert 1e8 < ceilings.bandwidth < 1e13 and 1e8 < ceilings.flops < 1e16
 
 

@@ -211,8 +211,8 @@ def test_routing_of_every_token_is_the_same(model):
 def test_cache_holds_keys_and_values_of_different_widths(model):
     extend = jax.jit(lambda model, ids, cache: model.extend(ids, cache))
     full, cache = np.asarray(model(IDS)), model.empty_cache(2, capacity=9)
-    assert cache.keys[0].shape == (2, 9, HEADS, NOPE + ROPE)
-    assert cache.values[0].shape == (2, 9, HEADS, VALUE)
+    assert cache.keys[0].shape == (2, HEADS, 128, NOPE + ROPE)
+    assert cache.values[0].shape == (2, HEADS, 128, VALUE)
     for start, stop in [(0, 4), (4, 6), (6, 7)]:
         logits, cache = extend(model, jnp.asarray(IDS[:, start:stop]), cache)
         np.testing.assert_allclose(logits, full[:, stop - 1], atol=2e-5 * np.abs(full).max())

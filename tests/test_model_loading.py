@@ -140,13 +140,15 @@ def test_attention_bias_of_dense_and_packed_linears(tmp_path):
 
     model = models.load(variant(tmp_path, {"attention_bias": True}, add_biases), "float32")
     attention = model.layers[0].self_attn
-    assert isinstance(attention.v_proj, layers.DenseLinear)
+    q_proj, _, v_proj = attention.qkv_proj  # apart: they are not packed alike
+    assert isinstance(v_proj, layers.DenseLinear)
+    assert isinstance(model.layers[1].self_attn.qkv_proj, MarlinLinear)
     x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 3, 256)), jnp.float32)
-    np.testing.assert_array_equal(attention.v_proj(x), jnp.full((2, 3, 128), 0.25))
-    out, _ = attention(x, None, jnp.int32(0))
+    np.testing.assert_array_equal(v_proj(x), jnp.full((2, 3, 128), 0.25))
+    out, _ = attention(x, None, None)
     constant = jnp.full((2, 3, 256), 0.25)
     np.testing.assert_allclose(out, attention.o_proj(constant), atol=1e-5)
-    packed_q = attention.q_proj(jnp.zeros_like(x))
+    packed_q = q_proj(jnp.zeros_like(x))
     np.testing.assert_array_equal(packed_q, jnp.full((2, 3, 256), 0.25))
 
 
@@ -214,7 +216,7 @@ def test_gate_and_up_permuted_differently_stay_a_pair(tmp_path):
     assert [perm is None for perm in perms] == [True, False]
     x = np.random.default_rng(8).normal(size=(24, 256))
     expected = np.zeros_like(x)
-    for row, out, logits in zip(x, expected, x @ router, strict=True):
+    for row, out, logits in zip(x, expected, x @ router.T, strict=True):
         chosen = np.argsort(-logits)[:2]
         shares = np.exp(logits[chosen]) / np.exp(logits[chosen]).sum()
         for e, share in zip(chosen, shares, strict=True):

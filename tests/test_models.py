@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from jax_marlin import models
 from jax_marlin.data import bundled_checkpoint
-from jax_marlin.models import layers
+from jax_marlin.models import attention, layers
+from jax_marlin.models.attention import attend
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.loading import read_config
 from jax_marlin.models.rope import Rope
@@ -57,17 +59,54 @@ def test_grouped_query_attention_is_causal_and_ignores_what_lies_past():
     rng = np.random.default_rng(3)
     batch, seq, capacity, heads, kv_heads, head_dim, start = 2, 3, 9, 6, 2, 8, 4
     q = rng.normal(size=(batch, seq, heads, head_dim))
-    k, v = rng.normal(size=(2, batch, capacity, kv_heads, head_dim))
+    k, v = rng.normal(size=(2, batch, kv_heads, capacity, head_dim))
     expected = np.zeros((batch, seq, heads, head_dim))
     for b, t, h in np.ndindex(batch, seq, heads):
         group, seen = h // (heads // kv_heads), start + t + 1
-        scores = k[b, :seen, group] @ q[b, t, h] / np.sqrt(head_dim)
+        scores = k[b, group, :seen] @ q[b, t, h] / np.sqrt(head_dim)
         weights = np.exp(scores - scores.max())
-        expected[b, t, h] = weights / weights.sum() @ v[b, :seen, group]
-    k[:, start + seq :] = 1e30  # never written positions of a cache
+        expected[b, t, h] = weights / weights.sum() @ v[b, group, :seen]
+    k[:, :, start + seq :] = 1e30  # never written positions of a cache
     q, k, v = (jnp.asarray(a, jnp.float32) for a in (q, k, v))
-    got = layers.attend(q, k, v, start + jnp.arange(seq, dtype=jnp.int32))
+    got = attend(q, k, v, jnp.int32(start))
     np.testing.assert_allclose(got, expected.reshape(batch, seq, -1), atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"sinks": jnp.array([1.0, -2, 0, 3])}])
+def test_attention_of_a_prompt_in_blocks(monkeypatch, options):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 11, n, 8)) for i, n in enumerate((4, 2, 2)))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    whole = attend(q, k, v, None, **options)
+    monkeypatch.setattr(attention, "_QUERIES", 4)
+    np.testing.assert_allclose(attend(q, k, v, None, **options), whole, atol=1e-6)
+    np.testing.assert_allclose(attend(q, k, v, jnp.int32(0), **options), whole, atol=1e-6)
+
+
+def test_attention_without_cudnn_falls_back(monkeypatch):
+    q, k, v = (jnp.ones((1, 128, 2, 8), jnp.bfloat16) for _ in range(3))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    expected, tried = attend(q, k, v, None), []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    flash = attention._flash
+    monkeypatch.setattr(attention, "_flash", lambda *a, **o: (tried.append(1), flash(*a, **o))[1])
+    got = jax.jit(lambda q, k, v: attend(q, k, v, None))(q, k, v)
+    wide = [a.astype(jnp.float32) for a in (got, expected)]
+    np.testing.assert_allclose(wide[0], wide[1], atol=0.01)
+    assert tried
+
+
+def test_only_the_lowered_platform_needs_cudnn(monkeypatch):
+    """A program traced where the default device is a GPU still lowers for the CPU."""
+    cuda_only = Primitive("cuda_only")
+    cuda_only.def_abstract_eval(lambda q: q)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(
+        attention, "_flash", lambda q, k, v, scale: cuda_only.bind(q).reshape(1, 128, 16)
+    )
+    q, k, v = (jnp.ones((1, 128, 2, 8), jnp.bfloat16) for _ in range(3))
+    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
+    out = jax.jit(lambda q, k, v: attend(q, k, v, None))(q, k, v)
+    np.testing.assert_allclose(out.astype(jnp.float32), 1, atol=0.01)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
@@ -76,8 +115,8 @@ def test_dense_mlp(name):
     gate, up, down = (rng.normal(size=s) / 4 for s in [(24, 40), (24, 40), (40, 24)])
     x = rng.normal(size=(2, 3, 24))
     _, config = read_config(CONFIG | {"hidden_act": name})
-    linears = [layers.DenseLinear(jnp.asarray(w, jnp.float32)) for w in (gate, up, down)]
-    mlp = DenseMlp(linears[0], linears[1], linears[2], config)
+    linears = [layers.DenseLinear(jnp.asarray(w.T, jnp.float32)) for w in (gate, up, down)]
+    mlp = DenseMlp((linears[0], linears[1]), linears[2], config)
     got = mlp(jnp.asarray(x, jnp.float32))
     g = x @ gate
     erf = np.vectorize(math.erf)
@@ -90,7 +129,7 @@ def test_dense_mlp(name):
 
 
 def test_dense_linear_adds_its_bias():
-    w = layers.DenseLinear(jnp.ones((4, 6), jnp.bfloat16), jnp.arange(6, dtype=jnp.bfloat16))
+    w = layers.DenseLinear(jnp.ones((6, 4), jnp.bfloat16), jnp.arange(6, dtype=jnp.bfloat16))
     got = w(jnp.ones((2, 3, 4), jnp.bfloat16))
     assert got.dtype == jnp.bfloat16 and got[1, 2].tolist() == [4, 5, 6, 7, 8, 9]
 

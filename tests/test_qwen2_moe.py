@@ -78,10 +78,10 @@ def test_sparse_layer_adds_the_gated_shared_expert(tmp_path, renormalize):
 def test_dense_layer_and_biases_beside_packed_weights(model):
     assert isinstance(model.layers[0].mlp, DenseMlp)
     made = modules()
-    for name in ("q_proj", "k_proj", "v_proj"):
-        bias = made.parts[f"model.layers.1.self_attn.{name}"]["bias"]
-        got = getattr(model.layers[1].self_attn, name)(jnp.zeros((2, HIDDEN), jnp.float32))
-        np.testing.assert_array_equal(got, np.tile(bias.astype(np.float32), (2, 1)))
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    bias = np.concatenate([made.parts[name]["bias"] for name in names])
+    got = model.layers[1].self_attn.qkv_proj(jnp.zeros((2, HIDDEN), jnp.float32))
+    np.testing.assert_array_equal(got, np.tile(bias.astype(np.float32), (2, 1)))
 
 
 def test_generate_is_greedy_without_a_cache(model):

@@ -1,5 +1,6 @@
 // FFI handler of moe_ffn: a whole mixture-of-experts layer in one call.
 
+#include "../launch/device_setup.h"
 #include "../launch/launch_moe_ffn.h"
 #include "handlers.h"
 #include "stack_operands.h"

@@ -101,6 +101,32 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
       : "memory");
 }
 
+// cp.async.bulk the other way: a multiple of 16 contiguous bytes of this thread's current group.
+__device__ __forceinline__ void bulk_store(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+               :
+               : "l"(global), "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// cp.async.bulk.wait_group.read: all but the newest `pending` groups have read shared memory.
+template <int pending>
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
+
+// stmatrix.x4.trans: fragment j, two values down a column of each lane, becomes an 8x8 matrix in
+// rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_transposed(void* row, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(row)), "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]),
+                 "r"(matrices[3])
+               : "memory");
+}
+
 // cp.async.cg of all 16 bytes: a size that varies costs more instructions than the copy.
 __device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");

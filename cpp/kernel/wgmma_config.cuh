@@ -11,6 +11,7 @@ constexpr int kProducerBarrier = 1;  // named barriers; 0 is __syncthreads
 constexpr int kStaggerBarrier = 2;
 constexpr int kGroupBarrier = 3;     // + warpgroup
 constexpr int kWorkSlots = 2;       // pieces of work whose description is in shared memory
+constexpr int kRowPadding = 16;     // bytes: 8 rows of a matrix lie in different banks
 constexpr int kWgmmaMaxSplit = 8;   // blocks of a portable cluster
 
 template <class Element_, int bits, ZeroPoints zero_points, WgmmaTile tile>
@@ -38,6 +39,8 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kChunk = kTileM < 64 / kGroupTiles ? kTileM : 64 / kGroupTiles;
   // 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
   static constexpr int kSumPitch = kGroupColumns + 4;
+  // Or two slots of rows on their way out, the narrow ones: wgmma_row_store.cuh.
+  static constexpr int kSlotBytes = kChunk * (kGroupColumns * 2 + kRowPadding);
 
   // Two warpgroups alone on an SM start some stages apart, and stay so: while one stores its sums,
   // the other has the tensor cores to itself.
@@ -73,10 +76,17 @@ struct WgmmaStorage {
     int column_block;
     int rows;  // rows of the tile up to its last one that is no padding
     int out_row[Config::kTileM];  // -1 for padding
+    alignas(8) float weight[Config::kTileM];  // of the router, or 1
+  };
+
+  // On their way from a warpgroup's registers to memory: one or the other for a whole launch.
+  union alignas(16) Rows {
+    float sums[Config::kChunk][Config::kSumPitch];
+    unsigned char slots[2][Config::kSlotBytes];
   };
 
   struct Rest {
-    alignas(16) float sums[Config::kGroups][Config::kChunk][Config::kSumPitch];
+    Rows rows[Config::kGroups];
     Work work[kWorkSlots];
     int warp_rows[kWorkSlots][Config::kCopyThreads / 32];
     uint64_t work_full[kWorkSlots], work_empty[kWorkSlots];

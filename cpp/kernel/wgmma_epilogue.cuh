@@ -57,7 +57,7 @@ class WgmmaEpilogue {
   __device__ __forceinline__ void sync() { ptx::named_barrier(kGroupBarrier + group_, kWarpgroup); }
 
   __device__ __forceinline__ void share(const WgmmaSums<Config>& sums, int first) {
-    auto& shared = storage_.rest.sums[group_];
+    auto& shared = storage_.rest.rows[group_].sums;
     const int c = thread_ % 4, column = thread_ / 32 * 16 + thread_ % 32 / 4;
 #pragma unroll
     for (int g = 0; g < Config::kGroupTiles; ++g) {
@@ -111,8 +111,8 @@ class WgmmaEpilogue {
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        const bool weighted = p_.topk_weights != nullptr && rows[i] >= 0;
-        weights[i] = weighted ? p_.topk_weights[rows[i]] : 1.f;
+        if (rows[i] >= 0)
+          weights[i] = work.weight[first + (pass + i) * kRowStep + thread_ / kRowVectors];
       }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
@@ -126,12 +126,12 @@ class WgmmaEpilogue {
   __device__ __forceinline__ void store_gated_chunk(const Work& work, int first) {
     const int column = thread_ % 32 * 2;
     const int n = (work.column_block * Config::kGroups + group_) * kTile + column;
-    const auto& shared = storage_.rest.sums[group_];
+    const auto& shared = storage_.rest.rows[group_].sums;
 #pragma unroll 1
     for (int r = thread_ / 32; r < Config::kChunk; r += kWarpgroup / 32) {
       const int64_t row = work.out_row[first + r];
       if (row < 0 || n >= p_.n) continue;
-      const float weight = p_.topk_weights == nullptr ? 1.f : p_.topk_weights[row];
+      const float weight = work.weight[first + r];
       alignas(4) Element narrow[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -148,7 +148,7 @@ class WgmmaEpilogue {
   template <bool split>
   __device__ __forceinline__ void load(int r, float (&values)[kVector]) const {
     const float4* own = reinterpret_cast<const float4*>(
-        &storage_.rest.sums[group_][r][thread_ % kRowVectors * kVector]);
+        &storage_.rest.rows[group_].sums[r][thread_ % kRowVectors * kVector]);
     float4(&sums)[2] = reinterpret_cast<float4(&)[2]>(values);
 #pragma unroll
     for (int i = 0; i < 2; ++i) sums[i] = split ? ptx::load_remote(own + i, 0) : own[i];

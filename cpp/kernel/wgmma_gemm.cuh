@@ -6,6 +6,7 @@
 
 #include "wgmma_epilogue.cuh"
 #include "wgmma_producer.cuh"
+#include "wgmma_row_store.cuh"
 
 namespace jax_marlin {
 
@@ -54,6 +55,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, WgmmaStorage<Config
                                         int group) {
   Consumer<Config> consumer(p, storage, group);
   WgmmaEpilogue<Config> epilogue(p, storage, group);
+  RowStore<Config> rows(p, storage, group);
+  const bool whole_rows = RowStore<Config>::serves(p);
   const KRange k = k_range(p);
   const int stages = (k.end - k.begin + Config::kStageTiles - 1) / Config::kStageTiles;
   RingPosition<kWorkSlots> at;
@@ -63,10 +66,15 @@ __device__ __forceinline__ void consume(const GemmParams& p, WgmmaStorage<Config
     if (work.expert < 0) break;
     WgmmaSums<Config> sums = {};
     multiply_rows<Config>(consumer, work.rows, stages, sums);
-    epilogue.store(work, sums);
+    if (whole_rows) {
+      rows.store(work, sums);
+    } else {
+      epilogue.store(work, sums);
+    }
     ptx::mbarrier_arrive(&storage.rest.work_empty[at.slot]);
     at.advance();
   }
+  rows.finish();
   epilogue.wait_read();
 }
 

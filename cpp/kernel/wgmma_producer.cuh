@@ -74,8 +74,11 @@ class Producer {
     }
     if (rows > 0 && thread_ % kTileVectors == 0) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        work.out_row[first_row() + kRowStep<Config> * i] = request.row[i];
+      for (int i = 0; i < kRows; ++i) {
+        const int at = first_row() + kRowStep<Config> * i, row = request.row[i];
+        work.out_row[at] = row;
+        work.weight[at] = p_.topk_weights != nullptr && row >= 0 ? p_.topk_weights[row] : 1.f;
+      }
     }
     ptx::mbarrier_arrive(&storage_.rest.work_full[work_at_.slot]);
     work_at_.advance();

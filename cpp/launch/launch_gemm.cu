@@ -1,10 +1,11 @@
-// Launches the kernels: shared-memory opt-in, scratch that must start at zero, status of each call.
+// Launches the kernels: grids, scratch that must start at zero, overlap, status of each call.
 
 #include <utility>
 
 #include "../kernel/combine_topk.cuh"
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
+#include "device_setup.h"
 #include "instances.h"
 #include "launch_gemm.h"
 #include "tile_table.h"
@@ -13,7 +14,6 @@
 namespace jax_marlin {
 namespace {
 
-constexpr int kDefaultSharedBytes = 48 * 1024;  // more must be asked for, kernel by kernel
 constexpr int kMaxGridY = 65535;
 
 GemmKernel find_kernel(const GemmLaunch& gemm) {
@@ -24,28 +24,13 @@ GemmKernel find_kernel(const GemmLaunch& gemm) {
   return find(gemm.choice.tile, stored);
 }
 
-cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
-  int device = 0;
-  const cudaError_t found = cudaGetDevice(&device);
-  return found != cudaSuccess ? found : cudaDeviceGetAttribute(value, attribute, device);
-}
-
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
                    cudaStream_t stream, const Params& params) {
-  // Idempotent, so they may run again when XLA re-captures the call. With one split of L1 and
-  // shared memory for all kernels, none waits for a multiprocessor to run empty and change it.
-  cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared);
-  if (set == cudaSuccess && shared_bytes > kDefaultSharedBytes) {
-    set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
-  if (set != cudaSuccess) return set;
-  // A kernel waits for the one before it in code of sm_90 alone. What the driver compiles from the
-  // PTX of an older architecture, on any GPU, does not (ptx.cuh), so it must not start early.
-  cudaFuncAttributes code = {};
-  const cudaError_t asked = cudaFuncGetAttributes(&code, kernel);
-  if (asked != cudaSuccess) return asked;
+  bool overlaps = false;
+  const cudaError_t ready =
+      set_up_kernel(reinterpret_cast<const void*>(kernel), shared_bytes, &overlaps);
+  if (ready != cudaSuccess) return ready;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -55,7 +40,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
-  config.numAttrs = order == Order::kOverlap && code.ptxVersion >= 90 ? 1 : 0;
+  config.numAttrs = order == Order::kOverlap && overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -120,11 +105,6 @@ cudaError_t launch_combine(const CombineParams& params, ElementType element, Ord
   const auto kernel =
       element == ElementType::kFloat16 ? combine_topk<__half> : combine_topk<__nv_bfloat16>;
   return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
-}
-
-cudaError_t current_device(DeviceLimits* device) {
-  device->has_wgmma = has_wgmma();
-  return device_attribute(cudaDevAttrMultiProcessorCount, &device->sm_count);
 }
 
 }  // namespace jax_marlin

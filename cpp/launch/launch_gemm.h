@@ -34,7 +34,4 @@ cudaError_t launch_align(const AlignParams& params, cudaStream_t stream);
 cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
                            cudaStream_t stream);
 
-// Of the device that is current on this thread.
-cudaError_t current_device(DeviceLimits* device);
-
 }  // namespace jax_marlin

@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_marlin.bench import humming, markdown, report
-from jax_marlin.bench.floor import Ceilings, measure_bandwidth, measure_flops
 from jax_marlin.bench.measure import Options, measure
+from jax_marlin.bench.options import add_ceilings, ceilings_of, positive
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.bench.shapes import SHAPES, select
 from jax_marlin.linear import compute_dtype
@@ -59,18 +59,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shapes", nargs="+", metavar="NAME", help="default: all but tiny; tiny on a CPU")
-    add("--rows", nargs="+", type=_positive, metavar="N", help="tokens (default: 1 to 4096)")
+    add("--rows", nargs="+", type=positive, metavar="N", help="tokens (default: 1 to 4096)")
     add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
     add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
-    add("--calls", type=_positive, metavar="N", help="calls in one program (default: 32 to 4)")
-    add("--runs", type=_positive, default=20, metavar="N", help="of a program (default: 20)")
-    add("--bandwidth", type=float, metavar="GB/S", help="of the floor (default: measured)")
-    add("--tflops", type=float, metavar="N", help="of the floor (default: measured)")
+    add("--calls", type=positive, metavar="N", help="calls in one program (default: 32 to 4)")
+    add("--runs", type=positive, default=20, metavar="N", help="of a program (default: 20)")
+    add_ceilings(parser)
     add("--no-baseline", dest="baseline", action="store_false", help="do not time XLA")
     add("--no-peers", dest="peers", action="store_false", help="do not time Humming")
     add(
-        "--max-seconds", type=_positive, metavar="N",
+        "--max-seconds", type=positive, metavar="N",
         help="of a run with peers, XLA among them: each problem has an equal share of it, after "
         "which no peer is begun and only ours is timed (default: no limit)",
     )  # fmt: skip
@@ -84,12 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)
-
-
 def _run(args: argparse.Namespace) -> int:
     on_cpu = jax.default_backend() == "cpu"
     shapes = select(args.shapes or (_CPU_SETS if on_cpu else _GPU_SETS))
@@ -100,9 +93,7 @@ def _run(args: argparse.Namespace) -> int:
     options = Options(quantization, args.calls, args.runs, args.baseline, no_humming is None)
     if args.markdown:  # now, not after minutes
         markdown.check_markers(args.markdown)
-    ceilings = _ceilings(args, dtype)
-    options_of = {"bandwidth": args.bandwidth, "flops": args.tflops}
-    given = [name for name, value in options_of.items() if value is not None]
+    ceilings, given = ceilings_of(args, dtype)
     conditions = report.conditions(options, ceilings, given=given)
     conditions["humming"] = humming.version() if no_humming is None else no_humming
     records: list[dict[str, Any]] = []
@@ -137,16 +128,6 @@ def _measure_all(shapes, rows, ceilings, options, records, args, conditions) -> 
 def _dtype(name: str | None, on_cpu: bool) -> np.dtype:
     name = name or ("float32" if on_cpu else "bfloat16")
     return jax.numpy.dtype(name)
-
-
-def _ceilings(args: argparse.Namespace, dtype: np.dtype) -> Ceilings:
-    for option, value in (("--bandwidth", args.bandwidth), ("--tflops", args.tflops)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{option} is {value}, expected a positive number")
-    return Ceilings(
-        measure_bandwidth() if args.bandwidth is None else args.bandwidth * 1e9,
-        measure_flops(dtype) if args.tflops is None else args.tflops * 1e12,
-    )
 
 
 if __name__ == "__main__":

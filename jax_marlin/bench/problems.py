@@ -78,7 +78,7 @@ class Problem:
         keys = jax.random.split(random_key(0), (stacks, len(specs)))
         self.copies = copies
         self.stacks = [
-            [_random_stack(key, experts, spec, quantization.dtype)
+            [random_stack(key, experts, spec, quantization.dtype)
              for key, spec in zip(row, specs, strict=True)]
             for row in keys
         ]  # fmt: skip
@@ -121,7 +121,7 @@ def _moe_matmul(x, stack, *routing, moe_block_size, top_k):
 
 
 @functools.partial(jax.jit, static_argnames=("experts", "spec", "dtype"))
-def _random_stack(key, experts: int, spec: QuantSpec, dtype: np.dtype) -> MarlinExpertStack:
+def random_stack(key, experts: int, spec: QuantSpec, dtype: np.dtype) -> MarlinExpertStack:
     """Uniform codes; scales such that a product's elements are as large as those of x."""
     code_key, scale_key = jax.random.split(key)
     tiles = (experts, spec.n_tiles, spec.k_tiles, spec.words_per_tile)

@@ -13,6 +13,7 @@ import jax
 from jax_marlin.backend import backend_info
 from jax_marlin.bench.floor import Ceilings
 from jax_marlin.bench.measure import Options
+from jax_marlin.bench.problems import Quantization
 
 _DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # Linux; JAX does not know the driver
 
@@ -34,17 +35,29 @@ _COLUMNS = {
 
 
 def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
-    """What the times depend on.
+    """What the times of operations depend on; see `environment` for the arguments."""
+    return {
+        **environment(options.quantization, ceilings, given=given),
+        "method": f"median of {options.runs} runs of one program of several calls less the time "
+        "of the same program without them; weights and routings rotated past L2; moe: aligned "
+        "before; layer: aligned inside; floor: packed weights read once, or the flops; Humming: "
+        "median of as many replays of a CUDA graph of the calls; of best peer: its time over ours",
+    }
+
+
+def environment(
+    quantization: Quantization, ceilings: Ceilings, *, given: Collection[str]
+) -> dict[str, Any]:
+    """The device, the versions and the weights' format.
 
     Args:
-        options: of the run.
+        quantization: of the weights.
         ceilings: of the device.
         given: the ceilings ("bandwidth", "flops") that were not measured in this run.
     """
     from jax_marlin import __version__
 
     device = jax.devices()[0]
-    quantization = options.quantization
     return {
         "device": device.device_kind,
         "driver": _driver() if device.platform == "gpu" else None,
@@ -61,10 +74,6 @@ def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) 
         "floor_from": ", ".join(
             f"{'given' if name in given else 'measured'} {name}" for name in ("bandwidth", "flops")
         ),
-        "method": f"median of {options.runs} runs of one program of several calls less the time "
-        "of the same program without them; weights and routings rotated past L2; moe: aligned "
-        "before; layer: aligned inside; floor: packed weights read once, or the flops; Humming: "
-        "median of as many replays of a CUDA graph of the calls; of best peer: its time over ours",
     }
 
 
@@ -77,23 +86,36 @@ def _driver() -> str | None:
 
 
 def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """The conditions, then a line for each record."""
-    header = [f"{name:<16}{'-' if value is None else value}" for name, value in conditions.items()]
-    rows = [[heading for heading, _ in _COLUMNS.values()]]
-    for record in records:
-        rows.append([
-            "-" if record[name] is None else text.format(record[name])
-            for name, (_, text) in _COLUMNS.items()
-        ])  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    """The conditions, then a line for each record, then what went wrong."""
     errors = [f"{r['problem']} rows {r['rows']}: {r['error']}" for r in records if r["error"]]
     errors += sorted({
         f"{r['problem']}: Humming: {r['humming_error']}" for r in records if r["humming_error"]
     })  # fmt: skip
-    return "\n".join([*header, "", *lines, *errors])
+    return "\n".join([aligned(conditions, records, _COLUMNS), *errors])
+
+
+def aligned(
+    conditions: dict[str, Any], records: list[dict[str, Any]], columns: dict[str, tuple[str, str]]
+) -> str:
+    """The conditions, then a line for each record.
+
+    Args:
+        conditions: what the times depend on.
+        records: with a value, or None, for each column.
+        columns: key of a record -> (heading, format).
+    """
+    header = [f"{name:<20}{'-' if value is None else value}" for name, value in conditions.items()]
+    rows = [[heading for heading, _ in columns.values()]]
+    for record in records:
+        rows.append([
+            "-" if record[name] is None else text.format(record[name])
+            for name, (_, text) in columns.items()
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    return "\n".join([*header, "", *lines])
 
 
 def save_json(

@@ -11,6 +11,8 @@ from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.decoder_layer import DecoderLayer
 from jax_marlin.models.layers import DenseLinear, KVCache, Linear, linear_float32, rms_norm
 
+_POSITIONS = 128  # a cache holds a multiple of this many
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -62,18 +64,28 @@ class CausalLM:
         return _logits_of_all(self, input_ids)
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """A cache of zeros for `capacity` positions of `batch` sequences."""
+        """A cache of zeros for `capacity` positions of `batch` sequences, and a few more.
+
+        Rounded up, positions divide evenly among the parts in which a GPU sums over them; XLA
+        would copy the whole cache into one that is.
+        """
         c = self.config
+        capacity = -(-capacity // _POSITIONS) * _POSITIONS
 
         def zeros(head_dim: int) -> tuple[jax.Array, ...]:
-            shape = (batch, capacity, c.num_key_value_heads, head_dim)
+            shape = (batch, c.num_key_value_heads, capacity, head_dim)
             return tuple(jnp.zeros(shape, self.dtype) for _ in self.layers)
 
         keys, values = zeros(c.head_dim), zeros(c.value_head_dim)
         return KVCache(keys, values, length=jnp.zeros((), jnp.int32))
 
     def extend(
-        self, input_ids: jax.Array, cache: KVCache, lengths: jax.Array | None = None
+        self,
+        input_ids: jax.Array,
+        cache: KVCache,
+        lengths: jax.Array | None = None,
+        *,
+        empty: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Reads further tokens into the cache.
 
@@ -83,26 +95,34 @@ class CausalLM:
             cache: what earlier calls returned; donate it.
             lengths: int32 `[batch]`, how many ids of each row count, from the left, at least 1;
                 from then on each row of the cache has its own length. None: all of them.
+            empty: the cache holds nothing, whatever its length says: a prompt then attends to
+                itself alone, and not to the whole capacity.
 
         Returns:
             float32 `[batch, vocab]`, the logits of the last position that counts, and the new
             cache.
         """
+        batch, seq = input_ids.shape
+        if empty:
+            hidden, new = self._hidden(input_ids, None)
+            cache = cache.begun(new)
+            if lengths is None:
+                return self._logits(hidden[:, -1]), cache
+            cache = dataclasses.replace(cache, length=lengths)
+            return self._logits(_last(hidden, lengths)), cache
         if lengths is None and cache.length.ndim == 0:
             hidden, cache = self._hidden(input_ids, cache)
             return self._logits(hidden[:, -1]), cache
-        batch, seq = input_ids.shape
         start = jnp.broadcast_to(cache.length, (batch,))
         counted = jnp.full((batch,), seq, jnp.int32) if lengths is None else lengths
         hidden, cache = self._hidden_of_rows(input_ids, dataclasses.replace(cache, length=start))
         # What was read past a row's length is never seen: the next tokens are written over it.
         cache = dataclasses.replace(cache, length=start + counted)
-        last = jnp.take_along_axis(hidden, (counted - 1)[:, None, None], axis=1)[:, 0]
-        return self._logits(last), cache
+        return self._logits(_last(hidden, counted)), cache
 
     def _hidden(self, input_ids: jax.Array, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
         eps, kept = self.config.rms_norm_eps, []
-        start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        start = None if cache is None else cache.length
         x = jnp.take(self.embed_tokens, input_ids, axis=0, mode="clip")  # [batch, seq, H]
         for i, layer in enumerate(self.layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
@@ -113,7 +133,8 @@ class CausalLM:
             x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm, eps))
             kept.append(keys_values)
         keys, values = zip(*kept, strict=True)
-        cache = KVCache(keys, values, length=start + input_ids.shape[1])
+        seq = jnp.int32(input_ids.shape[1])
+        cache = KVCache(keys, values, length=seq if start is None else start + seq)
         return rms_norm(x, self.norm, eps), cache
 
     def _hidden_of_rows(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -130,8 +151,13 @@ class CausalLM:
         return jax.vmap(one)(input_ids, cache)
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
-        head = DenseLinear(self.embed_tokens.T) if self.lm_head is None else self.lm_head
+        head = DenseLinear(self.embed_tokens) if self.lm_head is None else self.lm_head
         return linear_float32(hidden, head)
+
+
+def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Of each row the position before its length: `[batch, H]`."""
+    return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, inline=True)

@@ -6,8 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_marlin.models.attention import attend
 from jax_marlin.models.config import DecoderConfig
-from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
+from jax_marlin.models.layers import (
+    Linear,
+    SideBySide,
+    linear_float32,
+    rms_scale,
+    scaled,
+    side_by_side,
+    updated,
+)
 from jax_marlin.ops.activations import ACTIVATIONS
 from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.ops.moe_matmul import ExpertStack
@@ -21,36 +30,40 @@ _static: dict[str, Any] = {"metadata": {"static": True}}
 class Attention:
     """Grouped-query attention; where norms are given, heads are normalised before the rotation."""
 
-    q_proj: Linear  # [H, heads * D]
-    k_proj: Linear  # [H, kv_heads * D]
-    v_proj: Linear  # [H, kv_heads * D]
+    qkv_proj: SideBySide  # [H, (heads + 2 kv_heads) * D], q_proj, k_proj, v_proj
     o_proj: Linear  # [heads * D, H]
     q_norm: jax.Array | None  # [D]
     k_norm: jax.Array | None  # [D]
     config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x `[batch, seq, H]`, positions start and up, to the same shape; and keys, values to keep.
 
-        `past` is one layer's part of a KVCache, or None to attend within x alone (start 0).
+        `past` is one layer's part of a KVCache, or None to attend within x alone. `start` None is a
+        0 known while tracing: nothing was read before.
         """
         c, (batch, seq, _) = self.config, x.shape
-        positions = start + jnp.arange(seq, dtype=jnp.int32)
-        q = self.q_proj(x).reshape(batch, seq, c.num_attention_heads, c.head_dim)
-        k = self.k_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x).reshape(batch, seq, c.num_key_value_heads, c.head_dim)
+        positions = jnp.arange(seq, dtype=jnp.int32) + (0 if start is None else start)
+        queries, keys = c.num_attention_heads, c.num_key_value_heads
+        heads = side_by_side(x, self.qkv_proj, lambda x, w: w(x))
+        heads = heads.reshape(batch, seq, queries + 2 * keys, c.head_dim)
+        q, k, v = jnp.split(heads, [queries, queries + keys], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, c.rms_norm_eps)
-            k = rms_norm(k, self.k_norm, c.rms_norm_eps)
+            # One pass over all heads, the values' as well, whose result is not used.
+            scale = rms_scale(heads, c.rms_norm_eps)  # [batch, seq, heads, 1]
+            q = scaled(q, scale[:, :, :queries], self.q_norm)
+            k = scaled(k, scale[:, :, queries : queries + keys], self.k_norm)
         q, k = c.rope(q, positions), c.rope(k, positions)
-        k, v = updated(past, (k, v), start)
-        return self.o_proj(self.attended(q, k, v, positions)), (k, v)
+        kept = updated(past, (k, v), start)
+        return self.o_proj(self.attended(q, kept, start)), kept
 
-    def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    def attended(
+        self, q: jax.Array, kept: tuple[jax.Array, jax.Array], start: jax.Array | None
+    ) -> jax.Array:
         """Values weighted, `[batch, seq, heads * D]`."""
-        return attend(q, k, v, positions)
+        return attend(q, *kept, start)
 
 
 @jax.tree_util.register_dataclass
@@ -76,14 +89,13 @@ class SparseMlp:
 class DenseMlp:
     """The MLP of a layer without experts, or one expert that every token passes."""
 
-    gate_proj: Linear  # [H, F]
-    up_proj: Linear  # [H, F]
+    gate_up_proj: SideBySide  # [H, 2 F], gate_proj, up_proj
     down_proj: Linear  # [F, H]
     config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x `[..., H]` to the same shape; the activation in float32."""
-        gate, up = (linear_float32(x, w) for w in (self.gate_proj, self.up_proj))
+        gate, up = jnp.split(side_by_side(x, self.gate_up_proj, linear_float32), 2, axis=-1)
         return self.down_proj(ACTIVATIONS[self.config.hidden_act](gate, up).astype(x.dtype))
 
 

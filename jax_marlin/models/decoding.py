@@ -40,7 +40,7 @@ def prefill(
     max_new_tokens: int,
 ) -> Decoded:
     """Reads the prompts `[batch, seq]` and chooses the first token of each row."""
-    logits, cache = model.extend(prompt, cache, lengths)
+    logits, cache = model.extend(prompt, cache, lengths, empty=True)
     token = sampling(logits, jnp.int32(0))  # [batch]
     tokens = jnp.zeros((prompt.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(token)
     return Decoded(cache, tokens, jnp.int32(1), _is_one_of(token, stops))

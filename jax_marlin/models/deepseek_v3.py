@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_marlin.models.attention import attend
 from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts
 from jax_marlin.models.config_keys import flag, layers, number, size
 from jax_marlin.models.decoder_layer import DecoderLayer, DenseMlp, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_dense_mlp, read_sparse_mlp
-from jax_marlin.models.layers import Linear, attend, linear_float32, rms_norm, updated
+from jax_marlin.models.layers import Linear, linear_float32, rms_norm, updated
 from jax_marlin.models.module_reader import ModuleReader
 from jax_marlin.ops.moe_ffn import moe_ffn
 from jax_marlin.routing import route
@@ -60,12 +61,13 @@ class LatentAttention:
     config: DeepseekV3Config = dataclasses.field(metadata={"static": True})
 
     def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array
+        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """x `[batch, seq, H]` to the same shape, and keys, values to keep; as `Attention`."""
         c, (batch, seq, _) = self.config, x.shape
         heads, rope = c.num_attention_heads, c.qk_rope_head_dim
-        nope, positions = c.head_dim - rope, start + jnp.arange(seq, dtype=jnp.int32)
+        nope = c.head_dim - rope
+        positions = jnp.arange(seq, dtype=jnp.int32) + (0 if start is None else start)
         q = self._queries(x).reshape(batch, seq, heads, c.head_dim)
         latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
         kv = self.kv_b_proj(rms_norm(latent, self.kv_a_layernorm, _LATENT_EPS))
@@ -73,9 +75,9 @@ class LatentAttention:
         k_rope = self._rotated(k_rope.reshape(batch, seq, 1, rope), positions)
         k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (batch, seq, heads, rope))], axis=-1)
         q = jnp.concatenate([q[..., :nope], self._rotated(q[..., nope:], positions)], axis=-1)
-        k, v = updated(past, (k, v), start)
+        kept = updated(past, (k, v), start)
         scale = c.head_dim**-0.5 * c.rope.softmax_factor
-        return self.o_proj(attend(q, k, v, positions, scale=scale)), (k, v)
+        return self.o_proj(attend(q, *kept, start, scale=scale)), kept
 
     def _queries(self, x: jax.Array) -> jax.Array:
         if self.q_proj is not None:

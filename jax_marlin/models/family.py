@@ -63,9 +63,14 @@ def read_plain_attention(
     """The linears `q_proj`, `k_proj`, `v_proj`, `o_proj` and the norms of heads under `prefix`."""
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     return Attention(
-        q_proj=reader.linear(f"{prefix}.q_proj", (c.hidden_size, queries), c.qkv_bias),
-        k_proj=reader.linear(f"{prefix}.k_proj", (c.hidden_size, keys), c.qkv_bias),
-        v_proj=reader.linear(f"{prefix}.v_proj", (c.hidden_size, keys), c.qkv_bias),
+        qkv_proj=reader.side_by_side(
+            {
+                f"{prefix}.{name}_proj": n
+                for name, n in zip("qkv", (queries, keys, keys), strict=True)
+            },
+            c.hidden_size,
+            c.qkv_bias,
+        ),
         o_proj=reader.linear(f"{prefix}.o_proj", (queries, c.hidden_size), c.o_bias),
         q_norm=reader.weight(f"{prefix}.q_norm", (c.head_dim,)) if head_norms else None,
         k_norm=reader.weight(f"{prefix}.k_norm", (c.head_dim,)) if head_norms else None,
@@ -74,10 +79,11 @@ def read_plain_attention(
 
 
 def read_dense_mlp(reader: ModuleReader, c: DecoderConfig, prefix: str, width: int) -> DenseMlp:
-    """The linears `gate_proj`, `up_proj` [H, width] and `down_proj` under `prefix`."""
+    """The linears `gate_proj`, `up_proj` [H, width], together or apart, and `down_proj`."""
     return DenseMlp(
-        gate_proj=reader.linear(f"{prefix}.gate_proj", (c.hidden_size, width), c.mlp_bias),
-        up_proj=reader.linear(f"{prefix}.up_proj", (c.hidden_size, width), c.mlp_bias),
+        gate_up_proj=reader.side_by_side(
+            {f"{prefix}.{name}_proj": width for name in ("gate", "up")}, c.hidden_size, c.mlp_bias
+        ),
         down_proj=reader.linear(f"{prefix}.down_proj", (width, c.hidden_size), c.mlp_bias),
         config=c,
     )

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
+from jax_marlin.models.attention import attend
 from jax_marlin.models.config import DecoderConfig, decoder_fields, expert_counts
 from jax_marlin.models.config_keys import flag, layers, names, size
 from jax_marlin.models.decoder_layer import Attention, DecoderLayer, SparseMlp
 from jax_marlin.models.family import Family, read_decoder_layer, read_plain_attention
-from jax_marlin.models.layers import attend
 from jax_marlin.models.module_reader import ModuleReader
 
 _LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -32,9 +32,11 @@ class SinkAttention(Attention):
     config: GptOssConfig = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
 
-    def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    def attended(
+        self, q: jax.Array, kept: tuple[jax.Array, jax.Array], start: jax.Array | None
+    ) -> jax.Array:
         """Values weighted, `[batch, seq, heads * head_dim]`."""
-        return attend(q, k, v, positions, window=self.window, sinks=self.sinks)
+        return attend(q, *kept, start, window=self.window, sinks=self.sinks)
 
 
 def _read_config(config: Mapping[str, Any]) -> GptOssConfig:

@@ -1,6 +1,7 @@
-"""Pieces that decoders share: dense linear, RMS norm, rotary embedding, attention, KV cache."""
+"""Pieces that decoders share: dense linear, RMS norm, rotary embedding, KV cache."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ class DenseLinear:
     """An unquantized linear, called as `MarlinLinear` is: `x [..., K]` to `[..., N]`.
 
     Attributes:
-        weight: `[K, N]`, the compute dtype.
+        weight: `[N, K]` as checkpoints store it, the compute dtype: for one row of x the product is
+            a sum along contiguous memory.
         bias: `[N]` or None.
     """
 
@@ -27,7 +29,13 @@ class DenseLinear:
 
     def product(self, x: jax.Array) -> jax.Array:
         """The result as accumulated, float32."""
-        y = jnp.dot(x, self.weight, precision=exact(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.einsum(
+            "...k,nk->...n",
+            x,
+            self.weight,
+            precision=exact(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
         if self.bias is not None:
             y = y + _over_last_axis(self.bias, y.ndim)
         return y
@@ -43,13 +51,28 @@ def linear_float32(x: jax.Array, w: Linear) -> jax.Array:
     return w.product(x)
 
 
+# Linears of one input: side by side in one, read by one product, or apart where they are packed
+# differently (bits, group size, act-order).
+SideBySide = Linear | tuple[Linear, ...]
+
+
+def side_by_side(
+    x: jax.Array, w: SideBySide, product: Callable[[jax.Array, Linear], jax.Array]
+) -> jax.Array:
+    """The columns of all products, `[..., sum of N]`."""
+    if not isinstance(w, tuple):
+        return product(x, w)
+    return jnp.concatenate([product(x, part) for part in w], axis=-1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
     """Keys and values of the positions read so far, at their full length from the start.
 
     Attributes:
-        keys: for each layer `[batch, capacity, num_key_value_heads, head_dim]`, rotated.
+        keys: for each layer `[batch, num_key_value_heads, capacity, head_dim]`, rotated. A head's
+            positions lie together, as its products with queries read them.
         values: the same shapes; in DeepSeek's models another head_dim.
         length: int32, positions filled: a scalar, or `[batch]` where rows differ. What lies past
             them is never read.
@@ -62,7 +85,16 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """How many positions fit."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
+
+    def begun(self, new: "KVCache") -> "KVCache":
+        """This cache with what `new` holds, from position 0 on."""
+        keys, values = jax.tree.map(
+            lambda old, added: jax.lax.dynamic_update_slice_in_dim(old, added, 0, axis=2),
+            (self.keys, self.values),
+            (new.keys, new.values),
+        )
+        return KVCache(keys, values, new.length)
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -72,20 +104,35 @@ def exact(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x²) + eps) * weight` over the last axis, in float32, returned in x's dtype."""
+    return scaled(x, rms_scale(x, eps), weight)
+
+
+def rms_scale(x: jax.Array, eps: float) -> jax.Array:
+    """`1 / sqrt(mean(x²) + eps)` over the last axis, float32 `[..., 1]`."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * _over_last_axis(weight, x.ndim)).astype(x.dtype)
+    return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def scaled(x: jax.Array, scale: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x * scale * weight` in float32, returned in x's dtype; weight `[N]`."""
+    return (x.astype(jnp.float32) * scale * _over_last_axis(weight, x.ndim)).astype(x.dtype)
 
 
 def updated(
-    past: tuple[jax.Array, jax.Array] | None, new: tuple[jax.Array, jax.Array], start: jax.Array
+    past: tuple[jax.Array, jax.Array] | None,
+    new: tuple[jax.Array, jax.Array],
+    start: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer's cache with new ones from `start` on; `new` without a cache."""
-    if past is None:
-        return new
+    """Keys and values of one layer as the cache lays them out, new ones from `start` on.
+
+    `new` are `[batch, seq, kv_heads, D]`; without a cache they are all there is.
+    """
+    keys, values = (jnp.swapaxes(added, 1, 2) for added in new)
+    if past is None or start is None:
+        return keys, values
     keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, added, start, axis=1)
-        for old, added in zip(past, new, strict=True)
+        jax.lax.dynamic_update_slice_in_dim(old, added, start, axis=2)
+        for old, added in zip(past, (keys, values), strict=True)
     )
     return keys, values
 
@@ -110,58 +157,6 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    positions: jax.Array,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Causal grouped-query attention; scores and softmax in float32.
-
-    Args:
-        q: `[batch, seq, heads, head_dim]`.
-        k: `[batch, S, kv_heads, head_dim]`; entry s is position s. Query head h reads head
-            `h // (heads / kv_heads)`.
-        v: as k; its head_dim may be another.
-        positions: int32 `[seq]`, the queries'; position p sees entries 0..p, whatever lies past it.
-        scale: of the scores; None is `head_dim**-0.5`.
-        window: position p sees only the entries p - window + 1..p; None: all.
-        sinks: `[heads]`, a further score in each head's softmax, whose weight goes nowhere.
-
-    Returns:
-        `[batch, seq, heads * v's head_dim]`, q's dtype.
-    """
-    batch, seq, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum(
-        "bqhgd,bkhd->bhgqk", q, k, precision=exact(q.dtype), preferred_element_type=jnp.float32
-    )
-    entries = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    visible = entries <= positions[:, None]  # [seq, S]
-    if window is not None:
-        visible &= entries > positions[:, None] - window
-    scores = scores * (head_dim**-0.5 if scale is None else scale)
-    scores = jnp.where(visible[None, None, None], scores, -jnp.inf)
-    if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
-        sink = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([scores, sink], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
-    out = jnp.einsum(
-        "bhgqk,bkhd->bqhgd",
-        weights,
-        v,
-        precision=exact(q.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return out.reshape(batch, seq, heads * v.shape[-1]).astype(q.dtype)
 
 
 def _over_last_axis(vector: jax.Array, ndim: int) -> jax.Array:

@@ -74,7 +74,7 @@ def load(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike | None = None
     with open_checkpoint(path) as checkpoint:
         family, config = read_config(checkpoint.config)
         reader = ModuleReader(checkpoint, _compute_dtype(checkpoint.config, dtype))
-        return _read_model(reader, family, config)
+        return read_model(reader, family, config)
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
@@ -90,7 +90,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Family, DecoderConfig]:
     return family, family.read_config(config)
 
 
-def _read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> CausalLM:
+def read_model(reader: ModuleReader, family: Family, c: DecoderConfig) -> CausalLM:
     embed = reader.weight("model.embed_tokens", (c.vocab_size, c.hidden_size))
     layers = tuple(family.read_layer(reader, c, i) for i in range(len(c.sparse_layers)))
     norm = reader.weight("model.norm", (c.hidden_size,))

@@ -1,6 +1,6 @@
 """Reads modules of a checkpoint by name and notes which, so that a forgotten tensor is noticed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax_marlin.act_order import fold_act_order
 from jax_marlin.checkpoints import Checkpoint
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.linear import MarlinLinear
-from jax_marlin.models.layers import DenseLinear, Linear
+from jax_marlin.models.layers import DenseLinear, Linear, SideBySide
 from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.weights import MarlinExpertStack
 
@@ -33,13 +33,38 @@ class ModuleReader:
         weight = self._checkpoint.load_linear(module, self._dtype)
         self._modules_read.add(module)
         self._check_shape(module, weight.shape, shape)
-        if needs_bias and f"{module}.bias" not in self._names:
+        if needs_bias:
+            self._check_bias(module)
+        if isinstance(weight, MarlinLinear):
+            return weight
+        return DenseLinear(weight.T, self._checkpoint.bias(module, self._dtype))
+
+    def side_by_side(
+        self, widths: Mapping[str, int], k: int, needs_bias: bool = False
+    ) -> SideBySide:
+        """Linears `[k, N]` of one input, each module's N given: one where they are packed alike.
+
+        They are packed as one from the start, which needs no memory for both forms.
+        """
+        modules = list(widths)
+        known = self._checkpoint.modules
+        packed = all(module in known and known[module].is_packed for module in modules)
+        if not packed or not self._checkpoint.can_fuse([modules]):
+            return tuple(self.linear(module, (k, n), needs_bias) for module, n in widths.items())
+        for module, n in widths.items():
+            self._check_shape(module, known[module].shape, (k, n))
+            if needs_bias:
+                self._check_bias(module)
+        stack = self._checkpoint.load_expert_stack([modules], self._dtype)
+        assert isinstance(stack, MarlinExpertStack)  # noqa: S101
+        self.mark_read(*modules)
+        return stack[0]
+
+    def _check_bias(self, module: str) -> None:
+        if f"{module}.bias" not in self._names:
             raise ValueError(
                 f"models.load: {module} has no bias, expected one by the model's config.json"
             )
-        if isinstance(weight, MarlinLinear):
-            return weight
-        return DenseLinear(weight, self._checkpoint.bias(module, self._dtype))
 
     def weight(self, module: str, shape: tuple[int, ...]) -> jax.Array:
         """The `weight` of a norm or an embedding."""

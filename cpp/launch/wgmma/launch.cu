@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "../device_setup.h"
 #include "instances.h"
 #include "launch.h"
 #include "tile_table.h"
@@ -42,10 +43,10 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
   const GemmKernel kernel = find_kernel(gemm);
-  // Idempotent, so it may run again when XLA re-captures the call.
-  const cudaError_t allowed = cudaFuncSetAttribute(
-      kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-  if (allowed != cudaSuccess) return allowed;
+  bool overlaps = false;
+  const cudaError_t ready =
+      set_up_kernel(reinterpret_cast<const void*>(kernel.function), kernel.shared_bytes, &overlaps);
+  if (ready != cudaSuccess) return ready;
 
   const WgmmaTile& tile = kWgmmaTable[choice.tile].tile;
   const int64_t resident = static_cast<int64_t>(sm_count) * tile.min_blocks / choice.split_k;

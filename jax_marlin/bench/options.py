@@ -1,0 +1,39 @@
+"""Options that the benchmarks' commands share."""
+
+import argparse
+
+from jax.typing import DTypeLike
+
+from jax_marlin.bench.floor import Ceilings, measure_bandwidth, measure_flops
+
+
+def positive(text: str) -> int:
+    """An option's value as an integer from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def add_ceilings(parser: argparse.ArgumentParser) -> None:
+    """Adds `--bandwidth` and `--tflops`."""
+    add = parser.add_argument
+    add("--bandwidth", type=float, metavar="GB/S", help="of the floor (default: measured)")
+    add("--tflops", type=float, metavar="N", help="of the floor (default: measured)")
+
+
+def ceilings_of(args: argparse.Namespace, dtype: DTypeLike) -> tuple[Ceilings, list[str]]:
+    """The device's ceilings, given or measured, and which of them ("bandwidth", "flops") are given.
+
+    Raises:
+        ValueError: a given one is not positive.
+    """
+    options = {"bandwidth": args.bandwidth, "tflops": args.tflops}
+    for option, value in options.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"--{option} is {value}, expected a positive number")
+    ceilings = Ceilings(
+        measure_bandwidth() if args.bandwidth is None else args.bandwidth * 1e9,
+        measure_flops(dtype) if args.tflops is None else args.tflops * 1e12,
+    )
+    given = [option.replace("tflops", "flops") for option, v in options.items() if v is not None]
+    return ceilings, given
