@@ -27,10 +27,10 @@ class Adapted:
 
 
 def new_adapters(model):
-    """For each layer, (a, b) of its query projection and of its experts; b is zero at first."""
+    """For each layer, (a, b) of its output projection and of its experts; b is zero at first."""
     adapters, key = [], jax.random.key(0)
     for layer in model.layers:
-        shapes = {"q_proj": layer.self_attn.q_proj.shape, "mlp": (layer.mlp.down.shape[2],) * 2}
+        shapes = {"o_proj": layer.self_attn.o_proj.shape, "mlp": (layer.mlp.down.shape[2],) * 2}
         key, *keys = jax.random.split(key, 3)
         adapters.append(
             {
@@ -45,7 +45,7 @@ def with_adapters(model, adapters):
     layers = []
     for layer, own in zip(model.layers, adapters, strict=True):
         attention = dataclasses.replace(
-            layer.self_attn, q_proj=Adapted(layer.self_attn.q_proj, *own["q_proj"])
+            layer.self_attn, o_proj=Adapted(layer.self_attn.o_proj, *own["o_proj"])
         )
         mlp = Adapted(layer.mlp, *own["mlp"])
         layers.append(dataclasses.replace(layer, self_attn=attention, mlp=mlp))
