@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_marlin.top_k import top_k as largest
+
 _SCORINGS = ("softmax", "sigmoid")
 
 
@@ -70,7 +72,7 @@ def route(
     logits = logits.astype(jnp.float32)
     if scoring == "softmax" and renormalize and bias is None and groups is None:
         # The others' share cancels out: a softmax over the chosen logits alone is the same.
-        chosen, topk_ids = jax.lax.top_k(logits, top_k)
+        chosen, topk_ids = largest(logits, top_k)
         scores = jax.nn.softmax(chosen, axis=-1) * jnp.asarray(scale, jnp.float32)
         return scores, topk_ids.astype(jnp.int32)
     if scoring == "softmax":
@@ -83,7 +85,7 @@ def route(
     choice = scores if bias is None else scores + jnp.broadcast_to(bias, scores.shape)
     if groups is not None:
         choice = _keep_best_groups(choice, *groups, by_best_two=bias is not None)
-    _, topk_ids = jax.lax.top_k(choice, top_k)  # among equals the lower index comes first
+    _, topk_ids = largest(choice, top_k)  # among equals the lower index comes first
     topk_weights = jnp.take_along_axis(scores, topk_ids, axis=-1)
     if renormalize:
         # A sigmoid row can underflow to all zeros; the floor keeps that 0 and changes no other sum.

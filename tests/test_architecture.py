@@ -19,7 +19,7 @@ PYTHON_STAGES = [
     {"canonical"},
     {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
-    {"sharding", "trainable"},
+    {"sharding", "trainable", "top_k"},
     {"routing", "ops", "backend"},
     {"checkpoints", "data"},
     {"models"},

@@ -45,9 +45,7 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   if (status != cudaSuccess) return cuda_status(kOp, status);
   checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
-  status = clear_arrivals(gemm, stream);
-  if (status == cudaSuccess) status = launch_gemm(gemm, Order::kAfter, stream);
-  return cuda_status(kOp, status);
+  return cuda_status(kOp, launch_cleared_gemm(gemm, 0, stream));
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // FFI handler of moe_matmul: routed rows times the experts of a stack, in one GEMM launch.
 
+#include <utility>
+
 #include "handlers.h"
 #include "stack_operands.h"
 
@@ -100,12 +102,12 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   if (!checks.ok()) return checks.error();
 
   // Rows that no used slot names are zero by contract, and results hold arbitrary bytes.
-  if (zero_output != 0) status = cudaMemsetAsync(params.out, 0, out->size_bytes(), stream);
-  if (status == cudaSuccess && perm.element_count() != 0) {
-    status = gather(gemm.params, perm, *gathered, stream);
+  int64_t out_bytes = zero_output != 0 ? static_cast<int64_t>(out->size_bytes()) : 0;
+  if (perm.element_count() != 0) {
+    status = launch_clear(params.out, std::exchange(out_bytes, 0), stream);
+    if (status == cudaSuccess) status = gather(gemm.params, perm, *gathered, stream);
   }
-  if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
-  if (status == cudaSuccess) status = launch_gemm(gemm, Order::kAfter, stream);
+  if (status == cudaSuccess) status = launch_cleared_gemm(gemm, out_bytes, stream);
   return cuda_status(kOp, status);
 }
 

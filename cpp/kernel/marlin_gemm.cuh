@@ -54,11 +54,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     marlin_gemm(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
-  // What the kernel before this one writes is routing tables, awaited here, or x, awaited below.
-  if (!p.x_is_pending) ptx::wait_dependencies();
+  // What the kernel before this one writes is routing tables, awaited here, or x, awaited below, or
+  // zeros, awaited before the sums leave.
+  if (!p.x_is_pending && !p.zeros_are_pending) ptx::wait_dependencies();
   WorkTile tile;
   if (!seek<Config>(p, storage, tile)) {
-    if (p.x_is_pending) ptx::wait_dependencies();  // or the next kernel would not wait for x's
+    ptx::wait_dependencies();  // or the kernel after this one would not wait for the one before
     return;
   }
 
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   }
   // Not earlier: blocks of the next kernel would take what room there is, here more and there less.
   ptx::launch_dependents();
+  if (p.zeros_are_pending) ptx::wait_dependencies();
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }
 

@@ -46,7 +46,14 @@ struct GemmParams {
   bool out_is_float32;
   bool columns_first;  // blocks with neighbouring columns run together, not those of rows
   bool x_is_pending;  // the kernel before this one, still running, writes x
+  bool zeros_are_pending;  // it zeroes arrivals or out
   bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
+};
+
+// Bytes to zero, from an address that is a multiple of 16 (clear.cuh).
+struct ClearParams {
+  unsigned char* begin;
+  int64_t bytes;
 };
 
 // Sum of each token's routed rows (combine_topk.cuh).

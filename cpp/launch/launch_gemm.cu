@@ -1,7 +1,9 @@
 // Launches the kernels: grids, scratch that must start at zero, overlap, status of each call.
 
+#include <algorithm>
 #include <utility>
 
+#include "../kernel/clear.cuh"
 #include "../kernel/combine_topk.cuh"
 #include "../kernel/gather_rows.cuh"
 #include "../kernel/moe_align.cuh"
@@ -15,6 +17,7 @@ namespace jax_marlin {
 namespace {
 
 constexpr int kMaxGridY = 65535;
+constexpr int64_t kMaxClearBlocks = 1024;
 
 GemmKernel find_kernel(const GemmLaunch& gemm) {
   const bool stored = gemm.params.zero_points != nullptr;
@@ -53,9 +56,16 @@ cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem) {
   return found;
 }
 
+cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;
+  const int64_t blocks = bytes / (kClearThreads * sizeof(uint4)) + 1;
+  const ClearParams params = {static_cast<unsigned char*>(begin), bytes};
+  return launch(clear, dim3(static_cast<unsigned>(std::min(blocks, kMaxClearBlocks))),
+                kClearThreads, 0, Order::kAfter, stream, params);
+}
+
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {
-  const int64_t bytes = arrivals_bytes(gemm.choice);
-  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(gemm.scratch, 0, bytes, stream);
+  return launch_clear(gemm.scratch, arrivals_bytes(gemm.choice), stream);
 }
 
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream) {
@@ -84,6 +94,16 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   if (params.columns_first) std::swap(grid.x, grid.y);
   if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
   return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params);
+}
+
+cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {
+  cudaError_t status = launch_clear(gemm.params.out, out_bytes, stream);
+  if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
+  const bool cleared = out_bytes > 0 || arrivals_bytes(gemm.choice) > 0;
+  gemm.params.zeros_are_pending = cleared;
+  return status != cudaSuccess
+             ? status
+             : launch_gemm(gemm, cleared ? Order::kOverlap : Order::kAfter, stream);
 }
 
 cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream) {

@@ -68,7 +68,7 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
   const int* topk_ids = layer.align.topk_ids;
   // First, so that nothing stands between two kernels that overlap.
   cudaError_t status = clear_arrivals(down, stream);  // gate_up's K is never split here
-  Order order = Order::kAfter;
+  Order order = arrivals_bytes(down.choice) == 0 ? Order::kAfter : Order::kOverlap;
   const auto follow = [&](cudaError_t launched) {
     status = launched;
     order = Order::kOverlap;

@@ -1,4 +1,8 @@
-"""Times one operation: many calls in one jitted program, so that dispatch does not count."""
+"""Times one operation as a model runs it: many calls in a program, programs queued on the device.
+
+A program's start costs the host as much as ten small calls cost the device. Where programs follow
+each other the device does not wait for it, so neither does the clock here.
+"""
 
 import statistics
 import time
@@ -9,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 _WARM_UP = 3  # compile, record command buffers, settle the clocks
-_FEWEST = 5
+_FEWEST = 5  # runs
+_QUEUED = 10  # programs of a run, at most
+_RUN_SECONDS = 0.03  # of fewer programs, where they are long
 
 
 def microseconds(
@@ -21,28 +27,21 @@ def microseconds(
 ) -> float:
     """The time of one call on the device.
 
-    A program that makes no call but has the same operands and the same last kernel is timed too,
-    and its fastest run subtracted: that is the cost of dispatch, operands and synchronisation.
+    A run queues several programs behind a first one; the time of the first alone is subtracted:
+    dispatch, the device's start and the last synchronisation.
 
     Args:
         operation: called once with each element of `operands`; returns one array.
-        operands: pytrees of arrays, one tuple a call, an array first. Repeated arrays are separate
-            parameters of the program, so that XLA cannot merge two calls.
-        runs: runs of the program, of which the median counts.
+        operands: pytrees of arrays, one tuple a call. Repeated arrays are separate parameters of
+            the program, so that XLA cannot merge two calls.
+        runs: how many runs, of which the median counts.
         max_seconds: stop early after this long, with five runs at least.
 
     Returns:
         Microseconds a call.
     """
-    overhead = min(_samples(lambda first, *_: first, operands, runs, max_seconds))
-    total = statistics.median(_samples(operation, operands, runs, max_seconds))
-    # Positive, even if a call on a CPU takes no longer than the clock's noise.
-    return max(total - overhead, 1e-9) / len(operands) * 1e6
 
-
-def _samples(operation, operands, runs, max_seconds) -> list[float]:
-    """Seconds of each run of the whole program."""
-
+    @jax.jit
     def program(operands):
         results = [operation(*one) for one in operands]
         # Behind the barrier, so that XLA does not compute single elements of its own products.
@@ -50,15 +49,19 @@ def _samples(operation, operands, runs, max_seconds) -> list[float]:
         # All results are used, by one small kernel; returning them would time their allocation.
         return jnp.stack([result[(0,) * result.ndim] for result in results])
 
-    # keep_unused: the program that makes no call takes all the operands, too
-    compiled = jax.jit(program, keep_unused=True)
+    def seconds(programs: int) -> float:
+        started = time.perf_counter()
+        last = [program(operands) for _ in range(programs)][-1]
+        jax.block_until_ready(last)
+        return time.perf_counter() - started
+
     operands = list(operands)
-    for _ in range(_WARM_UP):
-        jax.block_until_ready(compiled(operands))
+    alone = min(seconds(1) for _ in range(_WARM_UP))
+    queued = max(1, min(_QUEUED, int(_RUN_SECONDS / alone)))
     samples: list[float] = []
     deadline = time.perf_counter() + max_seconds
     while len(samples) < _FEWEST or (len(samples) < runs and time.perf_counter() < deadline):
-        started = time.perf_counter()
-        jax.block_until_ready(compiled(operands))
-        samples.append(time.perf_counter() - started)
-    return samples
+        first = seconds(1)
+        samples.append((seconds(1 + queued) - first) / queued)
+    # Positive, even if a call on a CPU takes no longer than the clock's noise.
+    return max(statistics.median(samples), 1e-9) / len(operands) * 1e6

@@ -9,7 +9,6 @@ import numpy as np
 
 import jax_marlin as jm
 
-
 # One row count for each tile of the kernel's table, and one past the largest.
 ROWS = (1, 9, 17, 33, 67)
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../../cpp/kernel/tile_config.h"
+#include "../../cpp/launch/device_setup.h"
 #include "../../cpp/launch/launch_gemm.h"
 
 using namespace jax_marlin;
@@ -23,10 +24,7 @@ __global__ void fill(uint32_t* words, int count, uint32_t seed, bool as_bf16) {
   }
 }
 
-void multiply(const GemmLaunch& gemm, cudaStream_t stream) {
-  clear_arrivals(gemm, stream);
-  launch_gemm(gemm, Order::kAfter, stream);
-}
+void multiply(const GemmLaunch& gemm, cudaStream_t stream) { launch_cleared_gemm(gemm, 0, stream); }
 
 int main() {
   DeviceLimits device = {};
