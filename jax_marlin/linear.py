@@ -164,6 +164,8 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
             raise TypeError(
                 f"{where}: index is {index.dtype}{list(index.shape)}, expected an integer scalar"
             )
+        if jnp.iinfo(index.dtype).max > jnp.iinfo(jnp.int32).max:
+            index = jnp.clip(index, 0, num_experts - 1)  # a cast would wrap into range
         return index.astype(jnp.int32)
     if isinstance(index, (bool, np.bool_)) or not hasattr(index, "__index__"):
         raise TypeError(

@@ -16,7 +16,7 @@ import numpy as np  # noqa: E402  (after the processes have met)
 import oracle  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 from meshes import case, collectives_of  # noqa: E402
-from test_moe_ffn import Layer, expected  # noqa: E402
+from moe_layers import Layer, expected  # noqa: E402
 
 import jax_marlin as jm  # noqa: E402
 

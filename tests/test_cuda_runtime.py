@@ -4,7 +4,6 @@ The contract suites prove each op right once; these prove that it stays right wh
 captured call, reuses memory full of NaN, or runs two programs at the same time.
 """
 
-import dataclasses
 import threading
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import problems
 import pytest
+from layers import bits, build_layer, inputs, run_layers
 
 import jax_marlin as jm
 from jax_marlin.weights import MarlinExpertStack
@@ -19,42 +19,6 @@ from jax_marlin.weights import MarlinExpertStack
 pytestmark = pytest.mark.cuda
 
 REPLAYS = 1000
-LAYERS = 3  # more custom calls in a row than XLA's smallest command buffer
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    gate_up: MarlinExpertStack
-    down: MarlinExpertStack
-    router: jax.Array
-
-
-def build_layer(dtype: str = "bfloat16", **fields) -> Layer:
-    """hidden 128, experts 96 wide: K and N off the tile, one permutation an expert."""
-    fields = {"dtype": dtype, "num_experts": 7, "group_size": 32, "bias": True} | fields
-    gate_up = problems.build(problems.Problem("runtime_gate_up", k=128, n=192, **fields)).stack()
-    down = problems.build(problems.Problem("runtime_down", k=96, n=128, **fields)).stack()
-    router = jax.random.normal(jax.random.key(0), (128, 7), jnp.dtype(dtype))
-    return Layer(gate_up, down, router)
-
-
-def run_layers(x, router, gate_up, down):
-    """A few MoE layers and a dense product in a row; the routing follows x."""
-    for _ in range(LAYERS):
-        topk_weights, topk_ids = jm.route(x @ router, 2)
-        y = jm.moe_ffn(x, topk_ids, topk_weights, gate_up, down, implementation="cuda")
-        x = x + y / (1 + jnp.max(jnp.abs(y)))
-    return jm.matmul(x, gate_up[1], implementation="cuda")
-
-
-def inputs(count: int, rows: int, dtype: str = "bfloat16") -> list[jax.Array]:
-    """Inputs whose tokens choose different experts."""
-    keys = jax.random.split(jax.random.key(7), count)
-    return [jax.random.normal(key, (rows, 128), jnp.dtype(dtype)) for key in keys]
-
-
-def bits(x) -> np.ndarray:
-    return np.asarray(x).view(np.uint16)
 
 
 @pytest.mark.parametrize("rows", [1, 21])
@@ -63,13 +27,12 @@ def test_replays_with_changing_routing(rows, g_idx):
     layer = build_layer(zeros="v1", g_idx=g_idx)
     function = jax.jit(run_layers)
     xs = inputs(5, rows)
-    arguments = (layer.router, layer.gate_up, layer.down)
-    first = [function(x, *arguments) for x in xs]
+    first = [function(x, layer) for x in xs]
     same = jax.jit(lambda a, b: jnp.all(a == b))
     wrong = [
         replay
         for replay in range(REPLAYS)
-        if not same(function(xs[replay % 5], *arguments), first[replay % 5])
+        if not same(function(xs[replay % 5], layer), first[replay % 5])
     ]
     assert not wrong
     assert len({bits(y).tobytes() for y in first}) == 5  # the inputs did differ
@@ -111,15 +74,14 @@ def test_results_and_scratch_in_poisoned_memory(problem):
 
 def test_threads_that_call_at_the_same_time():
     layer = build_layer(zeros="v2")
-    arguments = (layer.router, layer.gate_up, layer.down)
     functions = [jax.jit(lambda *a, scale=s: run_layers(*a) * scale) for s in (1, 2)]
     xs = inputs(2, 33)
-    expected = [bits(f(x, *arguments)) for f, x in zip(functions, xs, strict=True)]
+    expected = [bits(f(x, layer)) for f, x in zip(functions, xs, strict=True)]
     wrong = []
 
     def call(i):
         for _ in range(200):
-            if not np.array_equal(bits(functions[i](xs[i], *arguments)), expected[i]):
+            if not np.array_equal(bits(functions[i](xs[i], layer)), expected[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=call, args=(i,)) for i in (0, 1)]

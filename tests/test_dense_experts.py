@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_moe_ffn import build_layer, expected
+from moe_layers import build_layer, expected
 
 import jax_marlin as jm
 

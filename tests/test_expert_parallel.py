@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from meshes import P, case, cpu_mesh, kinds, run
-from test_moe_ffn import Layer, expected
+from moe_layers import Layer, expected
 
 import jax_marlin as jm
 from jax_marlin.ops.token_exchange import select_exchange

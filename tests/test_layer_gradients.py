@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from moe_layers import LAYERS, ORACLE_NAMES, Layer, build_layer
 from problems import Problem, build, implementation, poison
-from test_moe_ffn import LAYERS, ORACLE_NAMES, Layer, build_layer
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops.moe_ffn import moe_ffn

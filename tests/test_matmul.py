@@ -106,7 +106,7 @@ def test_column_slice_and_own_bias():
 def test_traced_expert_index_is_clamped():
     case, expected = small()
     multiply = jax.jit(lambda x, stack, e: matmul(x, stack[e]))
-    for e, used in ((2, 2), (0, 0), (99, 3), (-7, 0)):
+    for e, used in ((2, 2), (0, 0), (99, 3), (-7, 0), (-1, 0), (jnp.uint32(2**32 - 1), 3)):
         close(multiply(case.x, case.stack(), e), expected[used])
 
 
@@ -132,8 +132,9 @@ def test_vmap_over_stacks_folds_them_into_one():
     case, expected = small()
     stacks = jax.tree.map(lambda leaf: jnp.stack([leaf[:2], leaf[2:]]), case.stack())
     experts = jnp.array([1, 0])
-    y = jax.vmap(lambda stack, e: matmul(case.x, stack[e]))(stacks, experts)
-    close(y, expected[[1, 2]])
+    multiply = jax.vmap(lambda stack, e: matmul(case.x, stack[e]))
+    close(multiply(stacks, experts), expected[[1, 2]])
+    close(multiply(stacks, jnp.array([2, -1])), expected[[1, 2]])  # clamped to its own stack
     nested = jax.vmap(jax.vmap(lambda w: matmul(case.x, w)))(stacks)
     close(nested, expected.reshape(2, 2, 5, 200))
 

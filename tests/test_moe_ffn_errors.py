@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_moe_ffn import build_layer, expected
+from moe_layers import build_layer, expected
 
 from jax_marlin.ops.moe_ffn import moe_ffn
 

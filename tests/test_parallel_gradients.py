@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from meshes import P, case, cpu_mesh, kinds, put, run
-from test_moe_ffn import Layer
+from moe_layers import Layer
 
 import jax_marlin as jm
 from jax_marlin.layout import unpair_columns

@@ -9,8 +9,8 @@ import oracle
 import pytest
 from jax.sharding import NamedSharding
 from meshes import P, case, cpu_mesh, kinds, put, run
+from moe_layers import Layer, expected
 from problems import Problem, build
-from test_moe_ffn import Layer, expected
 
 import jax_marlin as jm
 

@@ -7,7 +7,7 @@ import oracle
 import pytest
 from jax.sharding import AxisType
 from meshes import P, case, cpu_mesh, kinds, put, run
-from test_moe_ffn import Layer, expected
+from moe_layers import Layer, expected
 
 import jax_marlin as jm
 

@@ -17,6 +17,7 @@ from jax_marlin.bench import humming, markdown, report
 from jax_marlin.bench.measure import Options, measure
 from jax_marlin.bench.options import add_ceilings, ceilings_of, positive
 from jax_marlin.bench.problems import Quantization
+from jax_marlin.bench.routings import ROUTINGS
 from jax_marlin.bench.shapes import SHAPES, select
 from jax_marlin.linear import compute_dtype
 
@@ -60,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shapes", nargs="+", metavar="NAME", help="default: all but tiny; tiny on a CPU")
     add("--rows", nargs="+", type=positive, metavar="N", help="tokens (default: 1 to 4096)")
+    add(
+        "--routing", nargs="+", choices=ROUTINGS, default=["uniform"], metavar="NAME",
+        help="how tokens choose experts; " + "; ".join(f"{n}: {d}" for n, d in ROUTINGS.items())
+        + " (default: uniform)",
+    )  # fmt: skip
     add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
     add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
@@ -90,8 +96,16 @@ def _run(args: argparse.Namespace) -> int:
     dtype = compute_dtype(_dtype(args.dtype, on_cpu), "bench")
     quantization = Quantization(args.bits, args.group_size, dtype)
     no_humming = humming.why_not(quantization) if args.peers else "not asked for"
-    options = Options(quantization, args.calls, args.runs, args.baseline, no_humming is None)
+    routings = tuple(dict.fromkeys(args.routing))
+    options = Options(
+        quantization, args.calls, args.runs, args.baseline, no_humming is None, routings
+    )
     if args.markdown:  # now, not after minutes
+        if "uniform" not in routings:
+            raise ValueError(
+                f"--markdown: the table shows uniform routing, got --routing {' '.join(routings)}; "
+                "add uniform, or use --json"
+            )
         markdown.check_markers(args.markdown)
     ceilings, given = ceilings_of(args, dtype)
     conditions = report.conditions(options, ceilings, given=given)
@@ -114,7 +128,8 @@ def _run(args: argparse.Namespace) -> int:
 def _measure_all(shapes, rows, ceilings, options, records, args, conditions) -> None:
     """Appends to `records`, which it also saves after each case for a run that is cut off."""
     share = math.inf if args.max_seconds is None else args.max_seconds / len(shapes)
-    with tqdm(total=len(shapes) * len(rows), unit="case") as bar:
+    cases = len(rows) * sum(len(options.routings_of(shape)) for shape in shapes)
+    with tqdm(total=cases, unit="case") as bar:
         for shape in shapes:
             bar.set_description(shape.name)
             peers_until = time.monotonic() + share

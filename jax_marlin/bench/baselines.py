@@ -1,12 +1,14 @@
 """What XLA does with the same problem in unquantized weights: jnp.dot and jax.lax.ragged_dot."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin.bench.problems import ROTATION_BYTES, Batch, random_key
+from jax_marlin.bench.routings import touched_experts
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
@@ -19,11 +21,18 @@ _CPU_BYTES = 2**30  # what a benchmark may take of a machine that does not say w
 class Baseline:
     """Unquantized weights of a shape, rotated past L2 like the packed ones."""
 
-    def __init__(self, shape: Shape, dtype: np.dtype, fewest_rows: int, calls: int):
-        """`fewest_rows` and `calls` are the smallest and the largest that will be timed."""
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: np.dtype,
+        fewest_rows: int,
+        calls: int,
+        routings: Sequence[str | None] = ("uniform",),
+    ):
+        """`fewest_rows`, `calls` and `routings`: the fewest, the most and all that is timed."""
         self.shape, self.dtype, self.weights = shape, dtype, []
         expert_bytes = shape.expert_weights * dtype.itemsize
-        touched = shape.touched_experts(fewest_rows) * expert_bytes
+        touched = expert_bytes * min(touched_experts(shape, fewest_rows, r) for r in routings)
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
         # One copy more: what the random numbers need while they are made.
         if (copies + 1) * shape.experts * expert_bytes > _free_bytes():

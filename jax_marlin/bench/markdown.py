@@ -13,12 +13,13 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
 
     Args:
         conditions: see `report.conditions`.
-        records: see `measure`.
+        records: see `measure`; those of other routings than the uniform one are left out.
 
     Returns:
         Lines without the markers. Columns are 1, 16 and 64 tokens, or the first three numbers of
         rows if none of those was measured.
     """
+    records = [record for record in records if record["routing"] in (None, "uniform")]
     measured = sorted({record["rows"] for record in records})
     columns = [rows for rows in _ROWS if rows in measured] or measured[:3]
     cells = {(record["problem"], record["rows"]): _cell(record) for record in records}

@@ -13,6 +13,7 @@ from jax_marlin.bench.baselines import Baseline
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.floor import Ceilings, floor_microseconds
 from jax_marlin.bench.problems import Batch, Problem, Quantization
+from jax_marlin.bench.routings import touched_experts
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
@@ -32,6 +33,7 @@ class Options:
         runs: runs of a program, of which the median counts.
         baseline: time XLA, too.
         humming: time Humming, too, where it has such an operation.
+        routings: each is measured, names in `ROUTINGS`.
     """
 
     quantization: Quantization
@@ -39,14 +41,21 @@ class Options:
     runs: int
     baseline: bool
     humming: bool = False
+    routings: tuple[str, ...] = ("uniform",)
 
-    def calls_for(self, shape: Shape, rows: int, ceilings: Ceilings) -> int:
+    def routings_of(self, shape: Shape) -> tuple[str | None, ...]:
+        """The routings of a shape: a dense product has none, and is measured once."""
+        return (None,) if shape.kind == "dense" else self.routings
+
+    def calls_for(
+        self, shape: Shape, rows: int, ceilings: Ceilings, routing: str | None = "uniform"
+    ) -> int:
         """Calls in the program for `rows` tokens: fewer where they are long."""
         if self.calls is not None:
             return self.calls
         if jax.default_backend() == "cpu":
             return _CALLS[0]
-        weights = shape.touched_experts(rows) * shape.expert_weights
+        weights = touched_experts(shape, rows, routing) * shape.expert_weights
         num_bytes = weights * self.quantization.bits / 8
         floor_us, _ = floor_microseconds(num_bytes, shape.flops(rows), ceilings)
         return min(max(_CALLS[0], math.ceil(_PROGRAM_MICROSECONDS / floor_us)), _CALLS[1])
@@ -59,26 +68,28 @@ def measure(
     options: Options,
     peers_until: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a record (see `_record`) for each number of rows.
+    """Yields a record (see `_record`) for each routing and number of rows.
 
     A wrong result is not timed: its record has an `error` and no times. What the device refuses
     (too little memory, say) is an `error`, too, in place of the times that it prevented. What is
     wrong with Humming is text, `humming_error`. After `peers_until` (of `time.monotonic`), no peer
     is timed.
     """
-    calls_for = {count: options.calls_for(shape, count, ceilings) for count in rows}
+    routings = options.routings_of(shape)
+    cases = [(routing, count) for routing in routings for count in rows]
+    calls_for = {(r, count): options.calls_for(shape, count, ceilings, r) for r, count in cases}
     calls = max(calls_for.values())
-    problem = Problem(shape, options.quantization, min(rows), calls)
+    problem = Problem(shape, options.quantization, min(rows), calls, routings)
     baseline = peer = peer_error = None
     if options.humming and shape.kind != "layer" and time.monotonic() < peers_until:
         peer, peer_error = humming.attempt(
             humming.Humming, shape, options.quantization, problem.copies
         )
     if options.baseline and time.monotonic() < peers_until:
-        baseline = Baseline(shape, options.quantization.dtype, min(rows), calls)
-    for count in rows:
-        batch = problem.batch(count, calls_for[count])
-        record = _record(shape, count, batch, ceilings)
+        baseline = Baseline(shape, options.quantization.dtype, min(rows), calls, routings)
+    for routing, count in cases:
+        batch = problem.batch(count, calls_for[routing, count], routing)
+        record = _record(shape, count, routing, batch, ceilings)
         record["humming_error"] = peer_error
         try:
             record["deviation"] = check(shape, batch, seed=count)
@@ -97,7 +108,9 @@ def measure(
         peer.close()
 
 
-def _record(shape: Shape, rows: int, batch: Batch, ceilings: Ceilings) -> dict[str, Any]:
+def _record(
+    shape: Shape, rows: int, routing: str | None, batch: Batch, ceilings: Ceilings
+) -> dict[str, Any]:
     """What is known before a measurement; times in microseconds, None where there is none."""
     num_bytes, flops = batch.touched_bytes(), shape.flops(rows)
     floor_us, bound = floor_microseconds(num_bytes, flops, ceilings)
@@ -109,6 +122,7 @@ def _record(shape: Shape, rows: int, batch: Batch, ceilings: Ceilings) -> dict[s
         "experts": shape.experts,
         "top_k": shape.top_k,
         "rows": rows,
+        "routing": routing,  # None: a dense product
         "calls": len(batch.operands),
         "packed_bytes": num_bytes,  # that one call reads
         "flops": flops,

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin.bench.routings import random_routes, touched_experts
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size, select_moe_block_size
@@ -63,15 +64,22 @@ class Batch:
 class Problem:
     """A shape's weights, in enough copies that no call finds them in L2; its routings."""
 
-    def __init__(self, shape: Shape, quantization: Quantization, fewest_rows: int, calls: int):
-        """`fewest_rows` and `calls` are the smallest and the largest that `batch` will be given."""
+    def __init__(
+        self,
+        shape: Shape,
+        quantization: Quantization,
+        fewest_rows: int,
+        calls: int,
+        routings: Sequence[str | None] = ("uniform",),
+    ):
+        """`fewest_rows`, `calls` and `routings`: the fewest, the most and all that `batch` gets."""
         self.shape, self.quantization = shape, quantization
         specs = [
             QuantSpec.create(bits=quantization.bits, group_size=quantization.group_size, k=k, n=n)
             for k, n in shape.linears
         ]
         expert_bytes = shape.expert_weights * quantization.bits / 8
-        touched = shape.touched_experts(fewest_rows) * expert_bytes
+        touched = expert_bytes * min(touched_experts(shape, fewest_rows, r) for r in routings)
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
         # Copies of a dense weight are the experts of one stack.
         stacks, experts = (1, copies) if shape.kind == "dense" else (copies, shape.experts)
@@ -83,8 +91,8 @@ class Problem:
             for row in keys
         ]  # fmt: skip
 
-    def batch(self, rows: int, calls: int) -> Batch:
-        """`calls` calls for `rows` tokens."""
+    def batch(self, rows: int, calls: int, routing: str | None = "uniform") -> Batch:
+        """`calls` calls for `rows` tokens, whose experts follow `routing` (see `ROUTINGS`)."""
         shape = self.shape
         x_key, *keys = jax.random.split(random_key(rows), 1 + calls)
         x_rows = rows * shape.top_k if shape.routed_input else rows
@@ -94,7 +102,7 @@ class Problem:
             ids = [np.full((1, 1), call % self.copies, np.int32) for call in range(calls)]
             operands = [(x, s[0], jnp.int32(i[0, 0])) for s, i in zip(stacks, ids, strict=True)]
             return Batch(_matmul, operands, stacks, ids)
-        routes = [_random_routes(key, rows, shape) for key in keys]
+        routes = [random_routes(key, rows, shape, routing) for key in keys]
         ids = [np.asarray(topk_ids) for _, topk_ids in routes]
         if shape.kind == "layer":
             operands = [(x, i, w, *s) for (w, i), s in zip(routes, stacks, strict=True)]
@@ -131,10 +139,3 @@ def random_stack(key, experts: int, spec: QuantSpec, dtype: np.dtype) -> MarlinE
     scales = jax.random.uniform(scale_key, groups, jnp.float32, 0.5, 1.5)
     scales = (scales / (code_rms * math.sqrt(spec.k))).astype(dtype)
     return MarlinExpertStack(qweight, scales, None, None, None, spec)
-
-
-@functools.partial(jax.jit, static_argnames=("rows", "shape"))
-def _random_routes(key, rows: int, shape: Shape) -> tuple[jax.Array, jax.Array]:
-    """topk_weights float32[rows, top_k] and distinct topk_ids int32[rows, top_k]."""
-    logits, topk_ids = jax.lax.top_k(jax.random.normal(key, (rows, shape.experts)), shape.top_k)
-    return jax.nn.softmax(logits), topk_ids

@@ -21,6 +21,7 @@ _DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # Linux; JAX does not kno
 _COLUMNS = {
     "problem": ("problem", "{}"),
     "rows": ("rows", "{}"),
+    "routing": ("routing", "{}"),
     "us": ("us", "{:.1f}"),
     "floor_us": ("floor us", "{:.1f}"),
     "bound": ("bound by", "{}"),
@@ -87,9 +88,9 @@ def _driver() -> str | None:
 
 def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """The conditions, then a line for each record, then what went wrong."""
-    errors = [f"{r['problem']} rows {r['rows']}: {r['error']}" for r in records if r["error"]]
+    errors = [f"{_title(r)} rows {r['rows']}: {r['error']}" for r in records if r["error"]]
     errors += sorted({
-        f"{r['problem']}: Humming: {r['humming_error']}" for r in records if r["humming_error"]
+        f"{_title(r)}: Humming: {r['humming_error']}" for r in records if r["humming_error"]
     })  # fmt: skip
     return "\n".join([aligned(conditions, records, _COLUMNS), *errors])
 
@@ -128,18 +129,18 @@ def save_json(
 def save_plot(
     path: pathlib.Path, conditions: dict[str, Any], records: list[dict[str, Any]]
 ) -> None:
-    """Draws time and floor against rows, a panel for each problem; needs matplotlib."""
+    """Draws time and floor against rows, a panel for each problem and routing; needs matplotlib."""
     from matplotlib.figure import Figure  # optional, and slow to import
 
-    problems = list(dict.fromkeys(record["problem"] for record in records))
-    columns = min(4, len(problems))
-    lines = -(-len(problems) // columns)
+    titles = list(dict.fromkeys(map(_title, records)))
+    columns = min(4, len(titles))
+    lines = -(-len(titles) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel in panels[len(problems) :]:
+    for panel in panels[len(titles) :]:
         panel.set_visible(False)
-    for panel, problem in zip(panels, problems, strict=False):
-        own = [record for record in records if record["problem"] == problem]
+    for panel, title in zip(panels, titles, strict=False):
+        own = [record for record in records if _title(record) == title]
         for name, label, style in (
             ("us", "jax_marlin", "C0o-"),
             ("xla_us", f"XLA {conditions['dtype']}", "C1s-"),
@@ -149,7 +150,7 @@ def save_plot(
             points = [(r["rows"], r[name]) for r in own if r[name] is not None]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-        panel.set(xscale="log", yscale="log", title=problem, xlabel="rows", ylabel="time [µs]")
+        panel.set(xscale="log", yscale="log", title=title, xlabel="rows", ylabel="time [µs]")
         panel.set_xticks(rows := [r["rows"] for r in own], labels=map(str, rows))
         panel.minorticks_off()
         panel.legend(fontsize="small")
@@ -158,3 +159,9 @@ def save_plot(
         f"{conditions['dtype']}"
     )
     figure.savefig(path, dpi=150)
+
+
+def _title(record: dict[str, Any]) -> str:
+    """The problem, and its routing where that is none of a table's usual ones."""
+    usual = record["routing"] in (None, "uniform")
+    return record["problem"] if usual else f"{record['problem']}, {record['routing']}"

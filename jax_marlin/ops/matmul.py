@@ -97,7 +97,7 @@ def _compute(static: _Static, x, stack: MarlinExpertStack, own_bias, expert) -> 
     """Checked arguments to `[M, n]`, columns as stored; an own bias replaces the stack's."""
     spec = stack.held_spec
     if stack.perm is not None:
-        x = jnp.take(x, stack.perm[expert], axis=-1, mode="clip")
+        x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
     return _primitive.bind(
         x,
         stack.qweight,
@@ -208,6 +208,7 @@ def _fold_stacks(weights, dims):
     if expert_dim is not None:
         expert = jnp.moveaxis(expert, expert_dim, 0)
     num_experts = leaves[0].shape[0] // batch
+    expert = jnp.clip(expert, 0, num_experts - 1)  # or it would name a neighbour's
     expert = expert + num_experts * jnp.arange(batch, dtype=jnp.int32)
     return [*leaves, expert], [*leaf_dims, 0]
 

@@ -105,7 +105,8 @@ def _group_of_row(sizes: jax.Array, num_rows) -> jax.Array:
     # Saturating at M, the running sum cannot overflow int32 whatever the sizes are.
     ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, num_rows), sizes)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    group = jnp.searchsorted(ends, rows, side="right").astype(jnp.int32)
+    # By comparison with all ends, one kernel: a search is a loop, which breaks up command buffers.
+    group = jnp.searchsorted(ends, rows, side="right", method="compare_all").astype(jnp.int32)
     return jnp.where(group < sizes.shape[0], group, -1)
 
 
