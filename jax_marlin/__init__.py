@@ -8,6 +8,7 @@ from jax_marlin.backend import backend_info, scratch_bytes
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.gptq import load_gptq, load_gptq_stacked
 from jax_marlin.linear import MarlinLinear
+from jax_marlin.ops.exporting import DISABLE_JAX_EXPORT_CHECKS
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size
 from jax_marlin.ops.moe_ffn import moe_ffn
@@ -17,6 +18,7 @@ from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.quantize import quantize
 from jax_marlin.routing import route
 from jax_marlin.sharding import bias_on_first, partition_specs, shard
+from jax_marlin.trainable import merge_trainable, split_trainable
 from jax_marlin.weights import MarlinExpertStack
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
     "DenseExpertStack",
     "MarlinExpertStack",
     "MarlinLinear",
@@ -36,6 +39,7 @@ __all__ = [
     "load_gptq",
     "load_gptq_stacked",
     "matmul",
+    "merge_trainable",
     "models",
     "moe_align_block_size",
     "moe_ffn",
@@ -46,6 +50,7 @@ __all__ = [
     "route",
     "scratch_bytes",
     "shard",
+    "split_trainable",
 ]
 
 _LAZY = ("checkpoints", "models")

@@ -1,6 +1,6 @@
 """What the ops mean, in plain float32 JAX: the default lowering where our kernels do not run.
 
-Both functions take the operands of their primitive (absent optional operands are empty arrays)
+These functions take the operands of their primitive (absent optional operands are empty arrays)
 and hold ONE dequantized expert at a time, so peak memory does not grow with experts or tokens.
 """
 
@@ -78,14 +78,14 @@ def matmul(
     row = bias if bias.ndim == 1 else of_expert(bias, expert)[first : first + n]
 
     def some_rows(x):
-        out = _dot(x, weight)
+        out = dot(x, weight)
         return (out + row.astype(jnp.float32)[None, :] if bias.size else out).astype(out_dtype)
 
     rows = x.shape[0]
     if not isinstance(rows, int) or rows <= _ROWS_AT_ONCE:
         return some_rows(x)
 
-    words = _as_words(x)
+    words = _as_words(_unfolded(x))
 
     def next_rows(i, out):  # the last step starts early and computes some rows again
         start = jnp.minimum(i * _ROWS_AT_ONCE, rows - _ROWS_AT_ONCE)
@@ -100,6 +100,7 @@ def moe_matmul(
     qweight: jax.Array,
     scales: jax.Array,
     zero_points: jax.Array,
+    perm: jax.Array,
     *operands: jax.Array,
     bits: int,
     k: int,
@@ -107,20 +108,24 @@ def moe_matmul(
     group_size: int,
     **params,
 ) -> jax.Array:
-    """`routed_rows` of packed experts; the operands after zero_points and the rest are its own."""
+    """`routed_rows` of packed experts; the operands after perm and the rest are its own."""
 
-    def weight_of(expert):
-        return dequantize_expert(
+    def product_of(expert):
+        weight = dequantize_expert(
             qweight, scales, zero_points, expert, bits=bits, k=k, n=n, group_size=group_size
         )
 
-    return routed_rows(x, weight_of, *operands, num_experts=qweight.shape[0], n=n, **params)
+        def product(rows):
+            return dot(rows[:, of_expert(perm, expert)] if perm.size else rows, weight)
+
+        return product
+
+    return routed_rows(x, product_of, *operands, num_experts=qweight.shape[0], n=n, **params)
 
 
 def routed_rows(
     x: jax.Array,
-    weight_of: Callable[[jax.Array], jax.Array],
-    perm: jax.Array,
+    product_of: Callable[[jax.Array], Callable[[jax.Array], jax.Array]],
     bias: jax.Array,
     sorted_token_ids: jax.Array,
     expert_ids: jax.Array,
@@ -136,11 +141,12 @@ def routed_rows(
 ) -> jax.Array:
     """Block b of `moe_block_size` slots uses expert `expert_ids[b]`; slot s reads `x[s // top_k]`.
 
-    Walks runs of blocks with one expert, whose weight float32[k, n] `weight_of` gives once for each
-    run. Returns `[T * top_k, n]`; rows that no slot of a used block names are zero.
+    Walks runs of blocks with one expert. `product_of(expert)`, asked once for each run, holds that
+    expert's dequantized weight and maps rows of x to float32[rows, n]. Returns `[T * top_k, n]`;
+    rows that no slot of a used block names are zero.
     """
     num_rows, num_blocks = x.shape[0] * top_k, expert_ids.shape[0]
-    x, x_dtype = _as_words(x), x.dtype
+    x, x_dtype = _as_words(_unfolded(x)), x.dtype
     out = _as_words(jnp.zeros((num_rows, n), out_dtype))
     if out.size == 0 or num_blocks == 0:
         return _as_floats(out, out_dtype)
@@ -150,7 +156,7 @@ def routed_rows(
     def one_run(state):  # all blocks from `block` on that use the same expert
         block, _ = state
         expert = expert_ids[block]
-        weight = weight_of(expert)
+        product = product_of(expert)
 
         def one_block(state):
             block, out = state
@@ -158,10 +164,7 @@ def routed_rows(
             slots = sorted_token_ids.at[own].get(mode="fill", fill_value=num_rows)
             valid = (slots >= 0) & (slots < num_rows) & (expert >= 0) & (expert < num_experts)
             rows = x.at[slots // top_k].get(mode="clip")  # [moe_block_size, k]
-            rows = _as_floats(rows, x_dtype)
-            if perm.size:
-                rows = rows[:, of_expert(perm, expert)]
-            y = _dot(rows, weight)
+            y = product(_as_floats(rows, x_dtype))
             row_weights = None
             if topk_weights.size:
                 row_weights = topk_weights.at[slots].get(mode="clip")[:, None]
@@ -196,6 +199,15 @@ def _as_words(rows):
     return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize == 2 else rows
 
 
+def _unfolded(rows):
+    """Keeps XLA from computing `_as_words` of a constant, which it gets wrong.
+
+    Folding a gather of columns leaves a constant that is not row-major, and folding the bitcast
+    then reads its bytes as if it were (jaxlib 0.10.2 to 0.12.0).
+    """
+    return lax.optimization_barrier(rows) if rows.dtype.itemsize == 2 else rows
+
+
 def _as_floats(words, dtype):
     return lax.bitcast_convert_type(words, dtype) if words.dtype != dtype else words
 
@@ -205,6 +217,15 @@ def of_expert(leaf, expert):
     return lax.dynamic_index_in_dim(leaf, jnp.clip(expert, 0, leaf.shape[0] - 1), 0, False)
 
 
-def _dot(rows, weight):
-    """float32 product: no platform's faster, coarser default."""
-    return jnp.matmul(rows.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
+def dot(rows, weight, contract: int = 0):
+    """float32 product of rows with `contract`, an axis of weight: no platform's coarser default.
+
+    Rows take the weight's dtype; of 16-bit ones only the sums are float32.
+    """
+    return lax.dot_general(
+        rows.astype(weight.dtype),
+        weight,
+        (((1,), (contract,)), ((), ())),
+        precision=lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -190,15 +190,6 @@ def test_bad_calls_of_moe_ffn(x, down, options, error, message):
         jm.moe_ffn(x, IDS, WEIGHTS, GATE_UP, down, **options)
 
 
-def test_inference_only():
-    with pytest.raises(NotImplementedError, match="Differentiation of a product"):
-        jax.grad(lambda x: jm.moe_ffn(x, IDS, WEIGHTS, GATE_UP, DOWN).sum())(X)
-    with pytest.raises(NotImplementedError, match="Differentiation of a product"):
-        jax.jvp(
-            lambda x: jm.ragged_dot(x, DOWN, [TOKENS, 0, 0, 0, 0]), (X[:, :INNER],), (X[:, :INNER],)
-        )
-
-
 def test_symbolic_number_of_tokens_and_lowering_for_cuda():
     layer = jax.jit(lambda x, ids, weights: jm.moe_ffn(x, ids, weights, GATE_UP, DOWN))
     (tokens,) = jax.export.symbolic_shape("tokens")

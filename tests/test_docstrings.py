@@ -37,6 +37,7 @@ def test_public_surface():
         *("load_gptq", "load_gptq_stacked", "MarlinLinear", "MarlinExpertStack", "matmul"),
         *("ragged_dot", "moe_matmul", "route", "moe_align_block_size", "moe_ffn"),
         *("fold_act_order", "quantize", "backend_info", "scratch_bytes"),
+        *("split_trainable", "merge_trainable"),
         *("checkpoints.open_checkpoint", "checkpoints.save_checkpoint"),
         *("models.load", "models.generate", "models.load_tokenizer"),
     }

@@ -10,6 +10,7 @@ import oracle
 import problems
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from jaxprs import equations
 
 from jax_marlin.gptq import load_gptq_stacked
 from jax_marlin.ops.matmul import TARGET, matmul
@@ -146,7 +147,7 @@ def test_vmap_over_x_is_one_call_that_copies_no_weights():
     assert case.bias is not None
     product = (expected[2] - case.bias[2])[:, None, :]
     close(batched(xs), product * np.array([[1], [2], [3]]) + case.bias[2])
-    calls = [e for e in jax.make_jaxpr(batched)(xs).eqns if e.primitive.name == TARGET]
+    calls = [e for e in equations(batched, xs) if e.primitive.name == TARGET]
     assert [np.shape(c.invars[1].aval) for c in calls] == [w.stack.qweight.shape]
     assert np.shape(calls[0].outvars[0].aval) == (15, 200)
 

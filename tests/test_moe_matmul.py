@@ -9,6 +9,7 @@ import oracle
 import problems
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from jaxprs import equations
 
 from jax_marlin.ops.moe_matmul import TARGET, Routing, moe_matmul, routed_matmul
 
@@ -139,8 +140,8 @@ def test_shared_permutation_is_gathered_once():
     case = problems.build(problem)
     stack, routing = case.stack(), problems.align(case.topk_ids, 8, 4)
     call = functools.partial(moe_matmul, moe_block_size=8, top_k=2)
-    jaxpr = jax.make_jaxpr(call)(case.x, stack, *map(jnp.asarray, routing))
-    (perm,) = [e.invars[4] for e in jaxpr.eqns if e.primitive.name == TARGET]
+    calls = equations(call, case.x, stack, *map(jnp.asarray, routing))
+    (perm,) = [e.invars[4] for e in calls if e.primitive.name == TARGET]
     assert np.shape(perm.aval) == (0,)  # no permutation left for the routed rows
     close(call(case.x, stack, *routing), oracle.routed_rows(case.x, case.weights, case.topk_ids))
 

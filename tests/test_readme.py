@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_marlin as jm
@@ -34,6 +35,14 @@ def test_examples_run():
         exec(compile(code, "README.md", "exec"), names)
     assert names["y"].shape == (5, 256) and names["y"].dtype == jnp.bfloat16
     assert bool(jnp.isfinite(names["y"]).all()) and float(jnp.abs(names["y"]).max()) > 0
+    assert float(jnp.abs(names["gradients"]["b"].astype(jnp.float32)).max()) > 0
+    wide = jnp.float32  # what lax.ragged_dot makes of the weights that the packed ones stand for
+    same = jax.lax.ragged_dot(
+        names["x"].astype(wide), names["packed"].dequantize(wide), names["group_sizes"],
+        precision="highest",
+    )  # fmt: skip
+    np.testing.assert_allclose(names["new"].astype(wide), same, rtol=2**-8, atol=1e-5)
+    assert names["old"].shape == names["new"].shape and names["old"].dtype == names["new"].dtype
     assert isinstance(names["logits"], jax.Array) and names["logits"].ndim == 3
 
 
@@ -90,6 +99,20 @@ def test_public_names_exist():
     assert names <= set(jm.__all__)
     for submodule, name in re.findall(r"\b(?:jm\.)?(models|checkpoints)\.(\w+)", README):
         assert hasattr(getattr(jm, submodule), name)
+
+
+CITED = re.findall(r"`(test_\w+)::(test_\w+)`", README)
+
+
+@pytest.mark.parametrize(("file", "name"), CITED)
+def test_cited_tests_exist(file, name):
+    assert f"\ndef {name}(" in (ROOT / "tests" / f"{file}.py").read_text()
+
+
+def test_every_row_of_what_composes_cites_a_test():
+    section = README.split("## What composes with what")[1].split("**Train")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 15 and all("`test_" in row.split("|")[-2] for row in rows)
 
 
 def test_named_files_exist():

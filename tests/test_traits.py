@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jaxprs import users_of_packed
 from problems import Problem, build
 
 import jax_marlin as jm
@@ -141,14 +142,7 @@ def test_make_expert_linear_copies_no_weights_under_jit():
         return stack.make_expert_linear(columns(2, 64), 64)(x)
 
     x = jnp.zeros((5, 96), jnp.float16)
-    jaxpr = jax.make_jaxpr(use)(stack, x).jaxpr
-    leaves = jax.tree.leaves((stack, x))
-    packed = {v for v, a in zip(jaxpr.invars, leaves, strict=True) if a.dtype == jnp.uint32}
-    assert len(packed) == 1
-    users = [
-        e.primitive.name for e in jaxpr.eqns if packed & {v for v in e.invars if v in jaxpr.invars}
-    ]
-    assert users == ["jax_marlin_matmul_v1"]
+    assert users_of_packed(use, stack, x) == ["jax_marlin_matmul_v1"]
 
 
 LINEAR_ERRORS = [

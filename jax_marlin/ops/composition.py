@@ -57,7 +57,7 @@ def composed_layer(
     # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
     first, last = (row_weights, None) if weights_on_input else (None, row_weights)
     products = [product(x, half, top_k, first, weights_on_input) for half in halves]
-    gate, up = products if len(products) == 2 else _halves(products[0], halves[0])  # [R, I]
+    gate, up = products if len(products) == 2 else gate_and_up(products[0], halves[0])  # [R, I]
     out = product(activate(gate, up).astype(x.dtype), down, 1, last)  # float32 [R, N]
     out = out.reshape(num_tokens, top_k, out.shape[-1])
     routed = (ids >= 0) & (ids < num_experts)
@@ -67,7 +67,7 @@ def composed_layer(
     return total.astype(x.dtype)
 
 
-def _halves(columns: jax.Array, gate_up: ExpertStack) -> tuple[jax.Array, jax.Array]:
+def gate_and_up(columns: jax.Array, gate_up: ExpertStack) -> tuple[jax.Array, jax.Array]:
     """gate and up `[R, I]` of gate|up columns `[R, 2I]`, paired for several devices or not.
 
     The blocks are the major part of I before and after, so that a mesh axis over them may stay.

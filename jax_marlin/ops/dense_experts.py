@@ -10,10 +10,9 @@ from jax.interpreters import xla
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.ops import sharding_rules
+from jax_marlin.ops import folding, sharding_rules
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
-    map_sequentially,
     or_empty,
     register_partitioned,
     result_aval,
@@ -56,40 +55,26 @@ def dense_moe_matmul(
 ) -> jax.Array:
     """`reference.moe_matmul` of a dense stack; operands and result are the same."""
 
-    @jax.custom_jvp
-    def product(x, stack, *routing):
-        return _primitive.bind(
-            x, stack.weight, or_empty(stack.bias, stack.dtype), *routing,
-            moe_block_size=moe_block_size, top_k=top_k, weights_before_bias=weights_before_bias,
-            out_dtype=out_dtype, implementation=None, devices=needs_devices(),
-        )  # fmt: skip
-
-    @product.defjvp
-    def _(primals, tangents):  # its loops would fail to differentiate, with no word of the reason
-        raise NotImplementedError("Differentiation of a product with a DenseExpertStack")
-
-    return product(x, stack, sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights)
+    return _primitive.bind(
+        x, stack.weight, or_empty(stack.bias, stack.dtype),
+        sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights,
+        moe_block_size=moe_block_size, top_k=top_k, weights_before_bias=weights_before_bias,
+        out_dtype=out_dtype, implementation=None, devices=needs_devices(),
+    )  # fmt: skip
 
 
 def _shape_rule(x, weight, *operands, top_k, out_dtype, **_):
     return result_aval((x.shape[0] * top_k, weight.shape[2]), out_dtype, (x, weight, *operands))
 
 
-def _default(x, weight, bias, *routing, **params):
+def _default(x, weight, *operands, **params):
+    def product_of(expert):
+        own = reference.of_expert(weight, expert).astype(jnp.float32)
+        return lambda rows: reference.dot(rows, own)
+
     return reference.routed_rows(
-        x,
-        lambda expert: reference.of_expert(weight, expert).astype(jnp.float32),
-        jnp.zeros((0,), jnp.int32),
-        bias,
-        *routing,
-        num_experts=weight.shape[0],
-        n=weight.shape[2],
-        **params,
+        x, product_of, *operands, num_experts=weight.shape[0], n=weight.shape[2], **params
     )
-
-
-def _batching(operands, dims, **params):
-    return map_sequentially(_primitive, operands, dims, params)
 
 
 # A primitive, though without a kernel, so that shards and manual axes are treated as everywhere.
@@ -99,4 +84,4 @@ register_partitioned(
     _primitive, _shape_rule, _default, _default, lambda *_, **__: False,
     sharding_rules.dense_moe_matmul(_primitive.bind),
 )  # fmt: skip
-set_batching(_primitive, _batching)
+set_batching(_primitive, functools.partial(folding.routed_batching, _primitive))

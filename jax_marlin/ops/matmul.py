@@ -1,17 +1,21 @@
 """matmul: dense rows times one quantized weight, `[..., K]` to `[..., N]`."""
 
+import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import layout, reference
 from jax_marlin.ops import checks, ffi_targets, sharding_rules
+from jax_marlin.ops.gradients import differentiable, frozen, trained, vary_together
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,
@@ -22,6 +26,7 @@ from jax_marlin.ops.primitive import (
     result_aval,
     set_batching,
 )
+from jax_marlin.ops.transposed_product import transposed_product
 from jax_marlin.weights import MarlinExpertStack, MarlinLinear
 
 TARGET = "jax_marlin_matmul_v1"
@@ -38,6 +43,9 @@ def matmul(
 
     Under `jax.vmap` a batch of x folds into the rows of one call and copies no weights; a batch
     of weights or expert indices runs one call after another.
+
+    Reverse mode gives gradients of x and of the bias, by one product with the dequantized weight,
+    transposed. What is packed is frozen: scales get zeros, integers float0.
 
     Args:
         x: float[..., K] of the weight's dtype; any number of rows, also none.
@@ -67,29 +75,70 @@ def matmul(
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, "matmul")
-    if stack.perm is not None:
-        x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
-    bias = stack.bias if own_bias is None else own_bias
+    if own_bias is not None:
+        stack = dataclasses.replace(stack, bias=None)
     leading = x.shape[:-1]
-    out = _primitive.bind(
-        x if x.ndim == 2 else x.reshape(math.prod(leading), spec.k),
-        stack.qweight,
-        stack.scales,
-        or_empty(stack.zero_points, stack.dtype),
-        or_empty(bias, stack.dtype),
-        expert,
-        bits=spec.bits,
-        k=spec.k,
-        n=n,
-        group_size=spec.group_size,
-        first_tile=first_tile,
-        out_dtype=written,
-        implementation=implementation,
-        devices=needs_devices(),
-    )
+    x = x if x.ndim == 2 else x.reshape(math.prod(leading), spec.k)
+    static = _Static(first_tile * layout.TILE, n, written, implementation)
+    out = _product(static, *vary_together(x, stack, own_bias, expert))
     out = layout.unpair_columns(out, spec.pairs)
     out = out if len(leading) == 1 else out.reshape(*leading, n)
     return out.astype(wanted)
+
+
+class _Static(NamedTuple):
+    first: int  # column of the stack
+    n: int
+    out_dtype: np.dtype
+    implementation: str | None
+
+
+def _compute(static: _Static, x, stack: MarlinExpertStack, own_bias, expert) -> jax.Array:
+    """Checked arguments to `[M, n]`, columns as stored; an own bias replaces the stack's."""
+    spec = stack.held_spec
+    if stack.perm is not None:
+        x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
+    return _primitive.bind(
+        x,
+        stack.qweight,
+        stack.scales,
+        or_empty(stack.zero_points, stack.dtype),
+        or_empty(stack.bias if own_bias is None else own_bias, stack.dtype),
+        expert,
+        bits=spec.bits,
+        k=spec.k,
+        n=static.n,
+        group_size=spec.group_size,
+        first_tile=static.first // layout.TILE,
+        out_dtype=static.out_dtype,
+        implementation=static.implementation,
+        devices=needs_devices(),
+    )
+
+
+def _backward(static, weights, g):
+    """Every row has the same expert; biases get the sum of g's rows."""
+    stack, own_bias, expert = weights
+    expert = jnp.clip(expert, 0, stack.num_experts - 1)
+    d_x = transposed_product(
+        g, jnp.broadcast_to(expert, g.shape[:1]), stack,
+        out_dtype=stack.dtype, first_column=static.first, implementation=static.implementation,
+    )  # fmt: skip
+    total = jnp.sum(g, axis=0, dtype=jnp.float32).astype(stack.dtype)
+    d_stack = frozen(stack)
+    if stack.bias is not None:
+        d_bias = lax.dynamic_update_slice(
+            jnp.zeros_like(stack.bias), total[None], (expert, jnp.int32(static.first))
+        )
+        d_stack = dataclasses.replace(d_stack, bias=d_bias)
+    return d_x, d_stack, None if own_bias is None else total, None
+
+
+def _primals(x, stack, own_bias, expert):
+    return x, trained(stack), own_bias, None
+
+
+_product = differentiable(_compute, _backward, _primals, keep=lambda x, *weights: weights)
 
 
 def _view(w):

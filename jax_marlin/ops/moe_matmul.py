@@ -13,34 +13,29 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.layout import unpair_columns
-from jax_marlin.ops import checks, ffi_targets, sharding_rules
+from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
+from jax_marlin.ops.gradients import (
+    differentiable,
+    expert_of_row,
+    routed_gradients,
+    trained,
+    vary_together,
+)
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,
     has_kernel,
-    map_sequentially,
     or_empty,
     register_partitioned,
     result_aval,
     set_batching,
 )
+from jax_marlin.ops.routing_arguments import Routing, check_routing, flat_weights
 from jax_marlin.weights import MarlinExpertStack
 
 ExpertStack: TypeAlias = MarlinExpertStack | DenseExpertStack
 TARGET = "jax_marlin_moe_matmul_v1"
-
-
-class Routing(NamedTuple):
-    """Which rows go to which expert, as `moe_align_block_size` returns it.
-
-    Block b holds slots [b * moe_block_size, (b + 1) * moe_block_size) and uses one expert. With
-    R = T * top_k routed rows, slot id s reads `x[s // top_k]` and writes row s of the result.
-    """
-
-    sorted_token_ids: checks.Integers  # int32[L], ids outside [0, R) are padding
-    expert_ids: checks.Integers  # int32[B], -1 skips the block
-    num_tokens_past_padded: checks.Integers  # int32[1], slots past it are not used
 
 
 def moe_matmul(
@@ -55,6 +50,11 @@ def moe_matmul(
     topk_weights: ArrayLike | None = None,
 ) -> jax.Array:
     """Multiplies each routed row by its expert's weight; accumulates in float32.
+
+    Reverse mode gives gradients of x, topk_weights and the bias (and of a `DenseExpertStack`'s
+    weights) by one product of the same size, with one dequantized expert in memory at a time. What
+    is packed is frozen: scales get zeros, integers float0. Under `jax.vmap` a batch of x, of
+    routings or of stacks is one larger call.
 
     Args:
         x: float[T, K] of the stack's dtype.
@@ -130,21 +130,40 @@ def routed_matmul(
     checks.check_implementation(implementation, x.dtype, where)
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
     top_k = checks.check_positive(top_k, "top_k", where)
-    slots, expert_ids, used = _check_routing(routing, stack.num_experts, moe_block_size, where)
+    slots, expert_ids, used = check_routing(routing, stack.num_experts, moe_block_size, where)
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, where)
-    row_weights = _flat_weights(topk_weights, x.shape[0], top_k, where)
+    row_weights = flat_weights(topk_weights, x.shape[0], top_k, where)
+    static = _Static(
+        moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written, implementation
+    )
+    out = _product(static, *vary_together(x, stack, slots, expert_ids, used, row_weights))
+    return (out if as_stored else unpair_columns(out, stack.pairs)).astype(wanted)
+
+
+class _Static(NamedTuple):
+    moe_block_size: int
+    top_k: int
+    weights_before_bias: bool
+    zero_output: bool
+    out_dtype: np.dtype
+    implementation: str | None
+
+
+def _compute(
+    static: _Static, x, stack: ExpertStack, slots, expert_ids, used, row_weights
+) -> jax.Array:
+    """Checked arguments to `[T * top_k, N]`, columns as stored; `row_weights` is empty for ones."""
     if isinstance(stack, DenseExpertStack):
-        out = dense_moe_matmul(
+        return dense_moe_matmul(
             x, stack, slots, expert_ids, used, row_weights,
-            moe_block_size=moe_block_size, top_k=top_k,
-            weights_before_bias=bool(weights_before_bias), out_dtype=written,
+            moe_block_size=static.moe_block_size, top_k=static.top_k,
+            weights_before_bias=static.weights_before_bias, out_dtype=static.out_dtype,
         )  # fmt: skip
-        return (out if as_stored else unpair_columns(out, stack.pairs)).astype(wanted)
     spec, perm = stack.held_spec, stack.perm
     if perm is not None and spec.shared_perm:
         # One gather of x for all experts, and none for each routed row.
         x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
-    out = _primitive.bind(
+    return _primitive.bind(
         x,
         stack.qweight,
         stack.scales,
@@ -159,52 +178,29 @@ def routed_matmul(
         k=spec.k,
         n=spec.n,
         group_size=spec.group_size,
-        moe_block_size=moe_block_size,
-        top_k=top_k,
-        weights_before_bias=bool(weights_before_bias),
-        zero_output=bool(zero_output),
-        out_dtype=written,
-        implementation=implementation,
+        **static._asdict(),
         devices=needs_devices(),
     )
-    return (out if as_stored else unpair_columns(out, spec.pairs)).astype(wanted)
 
 
-def _check_routing(routing, num_experts, moe_block_size, where):
-    """The three routing arrays as int32, with sizes that fit one another."""
-    checks.check_host_expert_ids(routing.expert_ids, num_experts, where)
-    slots, expert_ids, used = (
-        checks.check_ids(ids, name, where)
-        for name, ids in zip(Routing._fields, routing, strict=True)
+def _backward(static, operands, g):
+    x, stack, slots, expert_ids, used, row_weights = operands
+    ids = expert_of_row(
+        slots, expert_ids, used, num_rows=g.shape[0], moe_block_size=static.moe_block_size
     )
-    if used.shape != (1,):
-        raise ValueError(f"{where}: num_tokens_past_padded has shape {used.shape}, expected (1,)")
-    num_blocks = -(-slots.shape[0] // moe_block_size)
-    if expert_ids.shape[0] != num_blocks:
-        raise ValueError(
-            f"{where}: expert_ids has shape {expert_ids.shape}, expected ({num_blocks},): one for "
-            f"each {moe_block_size} of the {slots.shape[0]} sorted_token_ids; was "
-            "moe_align_block_size called with another moe_block_size?"
-        )
-    return slots, expert_ids, used
+    d_x, d_weights, d_stack = routed_gradients(
+        g, x, ids, row_weights if row_weights.size else None, stack,
+        top_k=static.top_k, weights_before_bias=static.weights_before_bias,
+        implementation=static.implementation,
+    )  # fmt: skip
+    return d_x.astype(x.dtype), d_stack, None, None, None, d_weights
 
 
-def _flat_weights(topk_weights, num_tokens, top_k, where):
-    """Router weights as float32[R], or empty."""
-    if topk_weights is None:
-        return jnp.zeros((0,), jnp.float32)
-    weights = jnp.asarray(topk_weights)
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise TypeError(
-            f"{where}: topk_weights has dtype {weights.dtype}, expected a float dtype; "
-            "are topk_ids and topk_weights swapped?"
-        )
-    if weights.shape not in ((num_tokens * top_k,), (num_tokens, top_k)):
-        raise ValueError(
-            f"{where}: topk_weights has shape {weights.shape}, expected (T, top_k) = "
-            f"({num_tokens}, {top_k}), or flat ({num_tokens * top_k},)"
-        )
-    return weights.reshape(num_tokens * top_k).astype(jnp.float32)
+def _primals(x, stack, slots, expert_ids, used, row_weights):
+    return x, trained(stack), None, None, None, row_weights if row_weights.size else None
+
+
+_product = differentiable(_compute, _backward, _primals, keep=lambda *operands: operands)
 
 
 def _shape_rule(x, *operands, n, top_k, out_dtype, **_):
@@ -234,10 +230,6 @@ def _custom_call(x, qweight, scales, zero_points, perm, *rest, n, out_dtype, **p
     return call(x, qweight, scales, zero_points, perm, *rest, **attributes)[0]
 
 
-def _batching(operands, dims, **params):
-    return map_sequentially(_primitive, operands, dims, params)
-
-
 _primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
 register_partitioned(
@@ -248,4 +240,4 @@ register_partitioned(
     has_kernel,
     sharding_rules.moe_matmul(_primitive.bind),
 )
-set_batching(_primitive, _batching)
+set_batching(_primitive, functools.partial(folding.routed_batching, _primitive))

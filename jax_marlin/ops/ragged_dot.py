@@ -30,6 +30,9 @@ def ragged_dot(
     on; a bias of the stack is added to those rows. Rows past sum(group_sizes) are zero. Sizes on
     the device are never trusted: a negative one counts as 0 and a sum past M ends at M.
 
+    Reverse mode gives gradients of x and of the bias, as in `moe_matmul`; under `jax.vmap` a batch
+    of x, of sizes or of stacks is one larger call.
+
     Args:
         x: `[M, K]` of the stack's dtype.
         stack: E packed experts `[K, N]`, or a `DenseExpertStack`.

@@ -33,7 +33,7 @@ def matmul(bind: Callable) -> Partitioning:
         return Scheme(
             (
                 ("t", "k"), ("e", "n", "k", None),
-                *_grouped(spec, "e", "n", "k", scales, zero_points),
+                *grouped(spec, "e", "n", "k", scales, zero_points),
                 ("e", "n") if len(bias) == 2 else own_bias, (),
             ),
             ("t", "n"), parts, ("x", *_WEIGHT, "bias", "expert"), _PACKED,
@@ -41,19 +41,19 @@ def matmul(bind: Callable) -> Partitioning:
 
     def local(axes: Axes, operands, params):
         x, qweight, scales, zero_points, bias, expert = operands
-        first, own = _span(axes, "e", qweight.shape[0])
-        experts = qweight.shape[0] * _size(axes, "e")
+        first, own = span(axes, "e", qweight.shape[0])
+        experts = qweight.shape[0] * size(axes, "e")
         expert = jnp.clip(expert, 0, experts - 1) - first
         held = (expert >= 0) & (expert < own)
-        spec = _spec(params).held_by(-(-params["n"] // 64) // _size(axes, "n"), qweight.shape[2])
-        sums = _sums(axes, "e", "k")
+        spec = _spec(params).held_by(-(-params["n"] // 64) // size(axes, "n"), qweight.shape[2])
+        sums = summed_axes(axes, "e", "k")
         out = bind(
             x, qweight, scales, zero_points, _once(axes, "k", bias), expert,
-            **params | _sizes(spec) | _accumulated(sums),
+            **params | _sizes(spec) | accumulated(sums),
         )  # fmt: skip
         if axes.get("e"):
             out = jnp.where(held, out, jnp.zeros((), out.dtype))
-        return _summed(out, sums, params["out_dtype"])
+        return summed(out, sums, params["out_dtype"])
 
     return Partitioning("matmul", scheme, local)
 
@@ -72,7 +72,7 @@ def moe_matmul(bind: Callable) -> Partitioning:
         return Scheme(
             (
                 ("t", "k"), ("e", "n", "k", None),
-                *_grouped(spec, "e", "n", "k", scales, zero_points),
+                *grouped(spec, "e", "n", "k", scales, zero_points),
                 ("e", None)[: len(perm)], ("e", "n")[: len(bias)],
                 (None,), (None,), (None,), ("t" if row_weights[0] else None,),
             ),
@@ -84,13 +84,13 @@ def moe_matmul(bind: Callable) -> Partitioning:
         x, qweight, scales, zero_points, perm, bias, *routing, row_weights = operands
         routing = _own_routing(axes, x, qweight.shape[0], routing, params)
         spec = _spec(params).held_by(qweight.shape[1], qweight.shape[2])
-        sums = _sums(axes, "e", "k")
+        sums = summed_axes(axes, "e", "k")
         zero_output = params["zero_output"] or bool(axes.get("e"))
         out = bind(
             x, qweight, scales, zero_points, perm, _once(axes, "k", bias), *routing, row_weights,
-            **params | _sizes(spec) | _accumulated(sums) | {"zero_output": zero_output},
+            **params | _sizes(spec) | accumulated(sums) | {"zero_output": zero_output},
         )  # fmt: skip
-        return _summed(out, sums, params["out_dtype"])
+        return summed(out, sums, params["out_dtype"])
 
     return Partitioning("moe_matmul", scheme, local)
 
@@ -113,12 +113,12 @@ def dense_moe_matmul(bind: Callable) -> Partitioning:
     def local(axes: Axes, operands, params):
         x, weight, bias, *routing, row_weights = operands
         routing = _own_routing(axes, x, weight.shape[0], routing, params)
-        sums = _sums(axes, "e", "k")
+        sums = summed_axes(axes, "e", "k")
         out = bind(
             x, weight, _once(axes, "k", bias), *routing, row_weights,
-            **params | _accumulated(sums),
+            **params | accumulated(sums),
         )  # fmt: skip
-        return _summed(out, sums, params["out_dtype"])
+        return summed(out, sums, params["out_dtype"])
 
     return Partitioning("moe_matmul", scheme, local)
 
@@ -139,7 +139,7 @@ def moe_ffn(bind: Callable) -> Partitioning:
         def leaves(spec, first, n, k):
             _, scales, zero_points, perm, bias = shapes[first : first + 5]
             return (
-                ("e", n, k, None), *_grouped(spec, "e", n, k, scales, zero_points),
+                ("e", n, k, None), *grouped(spec, "e", n, k, scales, zero_points),
                 ("e", None)[: len(perm)], ("e", n)[: len(bias)],
             )  # fmt: skip
 
@@ -155,7 +155,7 @@ def moe_ffn(bind: Callable) -> Partitioning:
 
     def local(axes: Axes, operands, params):
         x, ids, weights, *leaves = operands
-        first, own = _span(axes, "e", leaves[0].shape[0])
+        first, own = span(axes, "e", leaves[0].shape[0])
         if axes.get("e"):
             ids = jnp.where((ids >= first) & (ids < first + own), ids - first, -1)
         leaves[9] = _once(axes, "i", leaves[9])
@@ -164,7 +164,7 @@ def moe_ffn(bind: Callable) -> Partitioning:
             "down_spec": params["down_spec"].held_by(*leaves[5].shape[1:3]),
         }
         out = bind(x, ids, weights, *leaves, **params | specs)
-        return _summed(out, _sums(axes, "e", "i"), x.dtype)
+        return summed(out, summed_axes(axes, "e", "i"), x.dtype)
 
     return Partitioning("moe_ffn", scheme, local)
 
@@ -177,17 +177,17 @@ def _sizes(spec: QuantSpec) -> dict[str, int]:
     return {"k": spec.k, "n": spec.n, "group_size": spec.group_size}
 
 
-def _grouped(spec: QuantSpec, e, n, k, *shapes):
+def grouped(spec: QuantSpec, e, n, k, *shapes):
     """Factors of scales and zero points [E, N/64, G, 64], which may be empty."""
     groups = k if spec.num_groups > 1 else None  # one group is every device's
     return (((e, n, groups, None) if len(shape) == 4 else (None,)) for shape in shapes)
 
 
-def _size(axes: Axes, factor: str) -> int:
+def size(axes: Axes, factor: str) -> int:
     return jax.lax.axis_size(axes[factor]) if axes.get(factor) else 1
 
 
-def _span(axes: Axes, factor: str, own: int):
+def span(axes: Axes, factor: str, own: int):
     """(first, number) of what this device holds of a factor; `own` of them."""
     return (jax.lax.axis_index(axes[factor]) * own if axes.get(factor) else 0), own
 
@@ -199,15 +199,15 @@ def _once(axes: Axes, factor: str, bias: jax.Array) -> jax.Array:
     return jnp.where(jax.lax.axis_index(axes[factor]) == 0, bias, jnp.zeros((), bias.dtype))
 
 
-def _sums(axes: Axes, *factors: str) -> tuple[str, ...]:
+def summed_axes(axes: Axes, *factors: str) -> tuple[str, ...]:
     return tuple(axis for factor in factors for axis in axes.get(factor, ()))
 
 
-def _accumulated(sums: tuple[str, ...]) -> dict:
+def accumulated(sums: tuple[str, ...]) -> dict:
     return {"out_dtype": jnp.dtype(jnp.float32)} if sums else {}
 
 
-def _summed(out: jax.Array, sums: tuple[str, ...], dtype) -> jax.Array:
+def summed(out: jax.Array, sums: tuple[str, ...], dtype) -> jax.Array:
     return jax.lax.psum(out.astype(jnp.float32), sums).astype(dtype) if sums else out
 
 
@@ -217,15 +217,15 @@ def _own_routing(axes: Axes, x: jax.Array, experts: int, routing, params):
         return routing
     slots, expert_ids, used = routing
     rows = x.shape[0] * params["top_k"]
-    moe_block_size, all_rows = params["moe_block_size"], rows * _size(axes, "t")
+    moe_block_size, all_rows = params["moe_block_size"], rows * size(axes, "t")
     expert = jnp.repeat(expert_ids, moe_block_size)[: slots.shape[0]]
     named = jnp.arange(slots.shape[0], dtype=jnp.int32) < used
     named &= (slots >= 0) & (slots < all_rows)
     target = jnp.where(named, slots, all_rows)
-    first_row, _ = _span(axes, "t", rows)
+    first_row, _ = span(axes, "t", rows)
     expert_of_row = jnp.full((all_rows,), -1, jnp.int32).at[target].set(expert, mode="drop")
     own = jax.lax.dynamic_slice_in_dim(expert_of_row, first_row, rows)
-    first, _ = _span(axes, "e", experts)
+    first, _ = span(axes, "e", experts)
     local = jnp.where((own >= first) & (own < first + experts), own - first, -1)
     return align_routed_rows(
         local[:, None], moe_block_size, experts, implementation=params["implementation"]

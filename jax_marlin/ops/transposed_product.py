@@ -1,0 +1,148 @@
+"""Rows times transposed experts, `[R, N]` to `[R, K]`: what gradients with respect to x need."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import xla
+
+from jax_marlin import reference
+from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.layout import TILE
+from jax_marlin.ops import checks, folding, gradient_sharding_rules
+from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
+from jax_marlin.ops.partitioning import needs_devices
+from jax_marlin.ops.primitive import (
+    map_sequentially,
+    or_empty,
+    register_partitioned,
+    result_aval,
+    set_batching,
+)
+from jax_marlin.weights import MarlinExpertStack
+
+
+def transposed_product(
+    g: jax.Array,
+    ids: jax.Array,
+    stack: MarlinExpertStack | DenseExpertStack,
+    *,
+    out_dtype: np.dtype,
+    first_column: int = 0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Row r is `g[r] @ W[ids[r]].T`, or zero where `ids[r]` names no expert.
+
+    Holds one dequantized expert at a time, each once for all of its rows, whatever E and R. Plain
+    JAX everywhere: float32 products by default; where our CUDA kernels run, the weight and g are
+    rounded to the compute dtype for the tensor cores, and sums are float32.
+
+    Args:
+        g: float `[R, N]`, columns as they are stored (in pairs, of a stack that is paired).
+        ids: int32 `[R]`.
+        stack: E experts `[K, N]`.
+        out_dtype: of the result.
+        first_column: static, of a packed stack: its column that g's first one is; on a tile.
+        implementation: "xla" asks for float32 products on CUDA too.
+
+    Returns:
+        `[R, K]`, K in the original order.
+    """
+    if isinstance(stack, DenseExpertStack):
+        leaves, spec, order = (stack.weight,), None, None
+    else:
+        spec, perm = stack.held_spec, stack.perm
+        # As in the forward pass: one gather for all experts, where they share it.
+        order = perm[0] if perm is not None and spec.shared_perm else None
+        perm = or_empty(None if order is not None else perm, jnp.int32)
+        zero_points = or_empty(stack.zero_points, stack.dtype)
+        leaves = (stack.qweight, stack.scales, zero_points, perm)
+    out = _primitive.bind(
+        g, ids, *leaves,
+        spec=spec, k=stack.k, first_column=first_column,
+        out_dtype=np.dtype(out_dtype), implementation=implementation, devices=needs_devices(),
+    )  # fmt: skip
+    return out if order is None else out[:, jnp.argsort(order)]
+
+
+def rows_at_once(num_rows, num_experts: int) -> int:
+    """Rows of one block: as `select_moe_block_size`, and up to 512 where experts have many rows."""
+    size = select_moe_block_size(num_rows, 1, num_experts)
+    while size < 512 and isinstance(num_rows, int) and num_rows >= 4 * size * num_experts:
+        size *= 2
+    return size
+
+
+def _product(g, ids, *leaves, spec, k, first_column, out_dtype, weight_dtype):
+    num_experts, n = leaves[0].shape[0], g.shape[1]
+    perm = jnp.zeros((0,), jnp.int32) if spec is None else leaves[3]
+
+    def weight_of(expert):  # [k, n], rows in packed order
+        if spec is None:
+            return reference.of_expert(leaves[0], expert)
+        return reference.dequantize_expert(
+            leaves[0], leaves[1], leaves[2], expert,
+            bits=spec.bits, k=k, n=n, group_size=spec.group_size, first_tile=first_column // TILE,
+        )  # fmt: skip
+
+    def product_of(expert):
+        weight = weight_of(expert).astype(weight_dtype)
+
+        def product(rows):
+            out = reference.dot(rows, weight, contract=1)
+            return out[:, jnp.argsort(reference.of_expert(perm, expert))] if perm.size else out
+
+        return product
+
+    block = rows_at_once(g.shape[0], num_experts)
+    return reference.routed_rows(
+        g, product_of, jnp.zeros((0,), g.dtype),
+        *align_routed_rows(ids[:, None], block, num_experts), jnp.zeros((0,), jnp.float32),
+        num_experts=num_experts, n=k, moe_block_size=block, top_k=1, weights_before_bias=False,
+        out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _on_tensor_cores(g, ids, *leaves, spec, **params):
+    weight = leaves[0] if spec is None else leaves[1]
+    return _product(g, ids, *leaves, spec=spec, weight_dtype=weight.dtype, **params)
+
+
+def _shape_rule(g, *operands, k, out_dtype, **_):
+    return result_aval((g.shape[0], k), out_dtype, (g, *operands))
+
+
+def _batching(operands, dims, **params):
+    """A batch of g is more rows of one call, a batch of stacks more experts."""
+    (g, ids, *leaves), (g_dim, ids_dim, *leaf_dims) = operands, dims
+    folded = folding.fold_leaves(leaves, leaf_dims)
+    if folded is None:
+        return map_sequentially(_primitive, operands, dims, params)
+    size = folding.batch_size(operands, dims)
+    num_experts = folded[0][0].shape[0] // (size if folded[1] else 1)
+    g = folding.to_front(g, g_dim, size)
+    ids = folding.fold_ids(folding.to_front(ids, ids_dim, size), num_experts, folded[1])
+    num_rows = g.shape[1]
+    rows = g.reshape(size * num_rows, g.shape[2])
+    out = _primitive.bind(rows, ids.reshape(-1), *folded[0], **params)
+    return out.reshape(size, num_rows, params["k"]), 0
+
+
+def _has_tensor_cores(results, g, ids, *leaves, spec, **_):
+    weight = leaves[0] if spec is None else leaves[1]
+    return weight.dtype in checks.KERNEL_DTYPES
+
+
+_primitive = Primitive("jax_marlin_transposed_product")
+_primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
+register_partitioned(
+    _primitive,
+    _shape_rule,
+    functools.partial(_product, weight_dtype=jnp.float32),
+    _on_tensor_cores,
+    _has_tensor_cores,
+    gradient_sharding_rules.transposed_product(_primitive.bind),
+)
+set_batching(_primitive, _batching)
