@@ -19,6 +19,7 @@ def test_there_are_notebooks():
         "3_flax_and_equinox",
         "4_checkpoint",
         "5_sharding",
+        "6_adapters",
         "7_benchmarks",
     ]
 
