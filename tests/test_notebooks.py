@@ -16,8 +16,10 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == [
         "1_quickstart",
         "2_packed_layout",
+        "3_flax_and_equinox",
         "4_checkpoint",
         "5_sharding",
+        "6_adapters",
         "7_benchmarks",
     ]
 
