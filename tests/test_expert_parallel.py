@@ -131,7 +131,8 @@ def test_leading_axes_and_same_bits():
 def test_the_exchange_is_chosen_by_static_shapes():
     assert select_exchange(64, 2, 8) == "all_gather"  # few tokens: fewer collectives
     assert select_exchange(4096, 8, 2) == "all_gather"  # nearly all go everywhere
-    assert select_exchange(4096, 2, 8) == select_exchange(4096, 8, 64) == "all_to_all"
+    assert select_exchange(4096, 2, 8) == "all_gather"  # a quarter, by a slower collective
+    assert select_exchange(4096, 2, 64) == "all_to_all"
 
 
 ERRORS = [
