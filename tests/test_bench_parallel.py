@@ -59,6 +59,7 @@ GPU_HLO = """
   %rs = f32[2,3]{1,0} reduce-scatter(%d), replica_groups={{0,1,2}}, dimensions={0}
   %a2a = (f32[5]{0}, f32[5]{0}) all-to-all(%e, %f), replica_groups={{0,1}}
   %mesh = f32[6]{0} all-reduce(%m), replica_groups=mesh['a'=2,'b'=3,'c'=4] {'b','c':(1)2}
+  %order = f32[8]{0} all-gather(%n), replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}, dimensions={0}
   %ragged = bf16[8,4]{1,0} ragged-all-to-all(%g, %h, %i, %j, %k, %l), replica_groups={{0,1}}
 """  # noqa: E501
 
@@ -67,10 +68,10 @@ def test_bytes_of_collectives_by_hand():
     found = collectives_of(GPU_HLO)
     assert [(c.kind, c.devices) for c in found] == [
         ("all-gather", 2), ("all-reduce", 4), ("reduce-scatter", 3), ("all-to-all", 2),
-        ("all-reduce", 6), ("ragged-all-to-all", 2),
+        ("all-reduce", 6), ("all-gather", 2), ("ragged-all-to-all", 2),
     ]  # fmt: skip
     assert bytes_sent(GPU_HLO) == {
-        "all-gather": (8 * 8 + 8) * 4 // 2,
+        "all-gather": (8 * 8 + 8) * 4 // 2 + 8 * 4 // 2,
         "all-reduce": 2 * 16 * 2 * 3 // 4 + 2 * 6 * 4 * 5 // 6,
         "reduce-scatter": 2 * 2 * 3 * 4,
         "all-to-all": 2 * 5 * 4 // 2,

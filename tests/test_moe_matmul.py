@@ -179,7 +179,6 @@ def test_shard_map_types_the_result():
         call = functools.partial(moe_matmul, moe_block_size=8, top_k=2)
         in_specs = (whole, split, whole, whole, whole)
         return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
-
     arguments = (case.x, case.stack(), *map(jnp.asarray, routing))
     close(sharded(split)(*arguments), expected)
     with pytest.raises(ValueError, match="out_specs"):

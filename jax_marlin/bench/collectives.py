@@ -85,14 +85,17 @@ def _bytes_sent(kind: str, result: int, devices: int) -> int:
 
 
 def _devices(line: str) -> int:
-    """Of one group: {{0,1},{2,3}}, [groups,devices]<=[all] or mesh['a'=2,'b'=4] {'b'}."""
+    """Of one group: {{0,1},{2,3}}, [groups,devices]<=[all] or mesh['a'=2,'b'=4] {'b'}.
+
+    Between a mesh and its axes may stand the order of its devices, device_ids=([2,4]T(1,0)).
+    """
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     if iota:
         return int(iota[1])
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*)? ?\{([^}]*)\}", line)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", mesh[1])}
         # A part of an axis, 'a':(2)4, names its own size.
