@@ -148,9 +148,8 @@ def test_shared_permutation_is_gathered_once():
 
 def test_jit_scan_and_vmap_over_x():
     case, routing, expected = small()
-    stack = case.stack()
+    stack, device_routing = case.stack(), tuple(map(jnp.asarray, routing))
     call = functools.partial(moe_matmul, moe_block_size=8, top_k=2)
-    device_routing = tuple(map(jnp.asarray, routing))
     close(jax.jit(call)(case.x, stack, *device_routing), expected)
     xs = jnp.asarray(np.stack([case.x, case.x], axis=1))
     batched = jax.vmap(lambda x: call(x, stack, *device_routing), in_axes=1)
@@ -179,6 +178,7 @@ def test_shard_map_types_the_result():
         call = functools.partial(moe_matmul, moe_block_size=8, top_k=2)
         in_specs = (whole, split, whole, whole, whole)
         return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
     arguments = (case.x, case.stack(), *map(jnp.asarray, routing))
     close(sharded(split)(*arguments), expected)
     with pytest.raises(ValueError, match="out_specs"):
