@@ -1,7 +1,5 @@
 // FFI handler of moe_matmul: routed rows times the experts of a stack, in one GEMM launch.
 
-#include <utility>
-
 #include "handlers.h"
 #include "stack_operands.h"
 
@@ -101,12 +99,9 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
   checks.require_scratch(*scratch, scratch_bytes(gemm.choice));
   if (!checks.ok()) return checks.error();
 
+  if (perm.element_count() != 0) status = gather(gemm.params, perm, *gathered, stream);
   // Rows that no used slot names are zero by contract, and results hold arbitrary bytes.
-  int64_t out_bytes = zero_output != 0 ? static_cast<int64_t>(out->size_bytes()) : 0;
-  if (perm.element_count() != 0) {
-    status = launch_clear(params.out, std::exchange(out_bytes, 0), stream);
-    if (status == cudaSuccess) status = gather(gemm.params, perm, *gathered, stream);
-  }
+  const int64_t out_bytes = zero_output != 0 ? static_cast<int64_t>(out->size_bytes()) : 0;
   if (status == cudaSuccess) status = launch_cleared_gemm(gemm, out_bytes, stream);
   return cuda_status(kOp, status);
 }

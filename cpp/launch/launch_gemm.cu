@@ -47,6 +47,14 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;
+  const int64_t blocks = bytes / (kClearThreads * sizeof(uint4)) + 1;
+  const ClearParams params = {static_cast<unsigned char*>(begin), bytes};
+  return launch(clear, dim3(static_cast<unsigned>(std::min(blocks, kMaxClearBlocks))),
+                kClearThreads, 0, Order::kAfter, stream, params);
+}
+
 }  // namespace
 
 cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem) {
@@ -54,14 +62,6 @@ cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem) {
   const cudaError_t found = current_device(&device);
   if (found == cudaSuccess) gemm.choice = select_tile(problem, device);
   return found;
-}
-
-cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
-  if (bytes == 0) return cudaSuccess;
-  const int64_t blocks = bytes / (kClearThreads * sizeof(uint4)) + 1;
-  const ClearParams params = {static_cast<unsigned char*>(begin), bytes};
-  return launch(clear, dim3(static_cast<unsigned>(std::min(blocks, kMaxClearBlocks))),
-                kClearThreads, 0, Order::kAfter, stream, params);
 }
 
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {

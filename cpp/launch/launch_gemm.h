@@ -26,7 +26,6 @@ struct GemmLaunch {
 
 // Fills in `choice` for the device that is current on this thread.
 cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem);
-cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream);
 // Zeroes what a split K counts in; once before each launch_gemm, in stream order.
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream);
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream);

@@ -150,13 +150,12 @@ class Placement:
                 f"{self._where}: sharding splits {self._num_experts} experts into {e} parts, "
                 f"expected a divisor"
             )
-        if n > 1 and spec.n % (n * TILE):
+        if spec.n_parts % n:
             raise ValueError(
                 f"{self._where}: sharding splits N = {spec.n} into {n} parts, expected parts of "
                 f"whole tiles of {TILE} columns"
             )
-        whole_groups = spec.num_groups == 1 or (spec.k // k) % spec.group_size == 0
-        if k > 1 and (spec.k % (k * TILE) or not whole_groups):
+        if spec.k_parts % k:
             raise ValueError(
                 f"{self._where}: sharding splits K = {spec.k} into {k} parts, expected parts of "
                 f"whole tiles of {TILE} rows and whole groups of {spec.group_size}"

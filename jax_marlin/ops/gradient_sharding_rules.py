@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jax_marlin.ops.partitioning import Axes, Partitioning, Scheme
-from jax_marlin.ops.sharding_rules import accumulated, grouped, span, summed, summed_axes
+from jax_marlin.ops.sharding_rules import accumulated, grouped, own_ids, summed, summed_axes
 
 
 def transposed_product(bind: Callable) -> Partitioning:
@@ -43,7 +42,7 @@ def transposed_product(bind: Callable) -> Partitioning:
 
     def local(axes: Axes, operands, params):
         g, ids, *leaves = operands
-        ids = _own_ids(axes, ids, leaves[0].shape[0])
+        ids = own_ids(axes, ids, leaves[0].shape[0])
         spec, k = params["spec"], leaves[0].shape[1]
         if spec is not None:
             spec = spec.held_by(*leaves[0].shape[1:3])
@@ -73,17 +72,9 @@ def weight_gradient(bind: Callable) -> Partitioning:
             experts //= jax.lax.axis_size(axes["e"])
         sums = summed_axes(axes, "t")
         out = bind(
-            x, g, _own_ids(axes, ids, experts),
+            x, g, own_ids(axes, ids, experts),
             **params | {"num_experts": experts} | accumulated(sums),
         )  # fmt: skip
         return summed(out, sums, params["out_dtype"])
 
     return Partitioning("weight_gradient", scheme, local)
-
-
-def _own_ids(axes: Axes, ids: jax.Array, experts: int) -> jax.Array:
-    """Ids among this device's experts, of which it has so many; -1 for those of other devices."""
-    if not axes.get("e"):
-        return ids
-    first, _ = span(axes, "e", experts)
-    return jnp.where((ids >= first) & (ids < first + experts), ids - first, -1)

@@ -116,17 +116,6 @@ class Placement:
         return jax.sharding.auto_axes(backward, out_sharding=out)(*operands)
 
 
-def expert_of_row(
-    slots: jax.Array, expert_ids: jax.Array, used: jax.Array, *, num_rows, moe_block_size: int
-) -> jax.Array:
-    """int32 `[num_rows]`: the expert of each row, -1 where no used slot of the routing names it."""
-    block = jnp.arange(slots.shape[0], dtype=jnp.int32) // moe_block_size
-    named = (slots >= 0) & (slots < num_rows) & (block * moe_block_size < used)
-    nobody = jnp.full((num_rows,), -1, jnp.int32)
-    rows = jnp.where(named, slots, num_rows)
-    return nobody.at[rows].set(expert_ids.at[block].get(mode="clip"), mode="drop")
-
-
 def _sums_by_expert(rows: jax.Array, ids: jax.Array, num_experts: int) -> jax.Array:
     """float32 `[E, N]`; a product with zeros and ones, which GPUs add up in a fixed order."""
     chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.float32)

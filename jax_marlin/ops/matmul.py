@@ -14,7 +14,7 @@ from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import layout, reference
-from jax_marlin.ops import checks, ffi_targets, sharding_rules
+from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.gradients import differentiable, frozen, trained, vary_together
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
@@ -195,22 +195,22 @@ def _fold_stacks(weights, dims):
 
     Slicing the leaves themselves for every step would copy packed weights.
     """
-    *leaves, expert = weights
-    *leaf_dims, expert_dim = dims
-    own_bias = leaves[3].ndim == (1 if leaf_dims[3] is None else 2)
-    folded = [i for i, leaf in enumerate(leaves) if leaf.size and not (own_bias and i == 3)]
-    if any(leaf_dims[i] is None for i in folded):
+    own_bias = weights[3].ndim == (1 if dims[3] is None else 2)  # and not a leaf of the stack
+    end = 3 if own_bias else 4
+    folded = folding.fold_leaves(weights[:end], dims[:end])
+    if folded is None or not folded[1]:
         return weights, dims
-    batch = leaves[0].shape[leaf_dims[0]]
-    for i in folded:
-        leaf = jnp.moveaxis(leaves[i], leaf_dims[i], 0)
-        leaves[i], leaf_dims[i] = leaf.reshape(-1, *leaf.shape[2:]), None
-    if expert_dim is not None:
-        expert = jnp.moveaxis(expert, expert_dim, 0)
+    leaves, batch = folded[0], weights[0].shape[dims[0]]
+    expert = folding.to_front(weights[-1], dims[-1], batch)
     num_experts = leaves[0].shape[0] // batch
     expert = jnp.clip(expert, 0, num_experts - 1)  # or it would name a neighbour's
     expert = expert + num_experts * jnp.arange(batch, dtype=jnp.int32)
-    return [*leaves, expert], [*leaf_dims, 0]
+    # Absent leaves, which are empty, stay mapped.
+    mapped = [
+        None if leaf.size or dim is None else 0
+        for leaf, dim in zip(leaves, dims[:end], strict=True)
+    ]
+    return [*leaves, *weights[end:-1], expert], [*mapped, *dims[end:-1], 0]
 
 
 _primitive = Primitive(TARGET)

@@ -131,6 +131,17 @@ def as_expert_ids(
     return jnp.asarray(host.astype(np.int32))
 
 
+def expert_of_row(
+    slots: jax.Array, expert_ids: jax.Array, used: jax.Array, *, num_rows, moe_block_size: int
+) -> jax.Array:
+    """int32 `[num_rows]`: the expert of each row, -1 where no used slot of the routing names it."""
+    block = jnp.arange(slots.shape[0], dtype=jnp.int32) // moe_block_size
+    named = (slots >= 0) & (slots < num_rows) & (block * moe_block_size < used)
+    nobody = jnp.full((num_rows,), -1, jnp.int32)
+    rows = jnp.where(named, slots, num_rows)
+    return nobody.at[rows].set(expert_ids.at[block].get(mode="clip"), mode="drop")
+
+
 def select_moe_block_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """Slots of a block: the smallest of 8 to 64 of which an average expert fills 90 %, or 128.
 

@@ -17,11 +17,11 @@ from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
 from jax_marlin.ops.gradients import (
     differentiable,
-    expert_of_row,
     routed_gradients,
     trained,
     vary_together,
 )
+from jax_marlin.ops.moe_align_block_size import expert_of_row
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
     align_rows,

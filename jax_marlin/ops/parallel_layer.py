@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import token_exchange
+from jax_marlin.ops.moe_align_block_size import as_expert_ids
+from jax_marlin.ops.sharding_rules import own_ids
 from jax_marlin.sharding import bias_on_first
 
 _WHERE = "moe_ffn"
@@ -54,18 +56,17 @@ def layer_over_devices(
     if expert_axis is None:
         return _summed(layer(x, topk_ids, topk_weights, gate_up, down), (tensor_axis,), x.dtype)
 
-    experts = down.num_experts
+    experts, devices = down.num_experts, jax.lax.axis_size(expert_axis)
     lead, rows = x.shape[:-1], (-1, topk_ids.shape[-1])
+    ids = as_expert_ids(topk_ids.reshape(rows), experts * devices, _WHERE)
 
     def own_experts(x, ids, weights):
-        first = jax.lax.axis_index(expert_axis) * experts
-        own = (ids >= first) & (ids < first + experts)
-        return layer(x, jnp.where(own, ids - first, -1), weights, gate_up, down)
+        return layer(x, own_ids({"e": (expert_axis,)}, ids, experts), weights, gate_up, down)
 
     varying = {name: expert_axis in _varying(array) for name, array in tokens.items()}
     if not any(varying.values()):  # every device has all tokens: one sum over both axes
         axes = (expert_axis,) if tensor_axis is None else (expert_axis, tensor_axis)
-        return _summed(own_experts(x, _int32(topk_ids), topk_weights), axes, x.dtype)
+        return _summed(own_experts(x, ids.reshape(topk_ids.shape), topk_weights), axes, x.dtype)
     if not all(varying.values()):
         raise ValueError(
             f"{_WHERE}: {', '.join(n for n, v in varying.items() if v)} varies over expert_axis "
@@ -74,10 +75,9 @@ def layer_over_devices(
         )
     flat = (
         x.reshape(-1, x.shape[-1]),
-        _int32(topk_ids).reshape(rows),
+        ids,
         topk_weights.astype(jnp.float32).reshape(rows),
     )
-    devices = jax.lax.axis_size(expert_axis)
     exchange = exchange or token_exchange.select_exchange(
         flat[0].shape[0] * devices, rows[1], devices
     )
@@ -91,18 +91,6 @@ def layer_over_devices(
 
 def _varying(array: Any) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
-
-
-def _int32(ids: jax.Array) -> jax.Array:
-    """Wide ids are clipped, not cut: none may wrap into the range of experts."""
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(
-            f"{_WHERE}: topk_ids has dtype {ids.dtype}, expected an integer; are topk_ids and"
-            " topk_weights swapped?"
-        )
-    if ids.dtype.itemsize > 4 or ids.dtype == jnp.uint32:
-        ids = jnp.where((ids >= 0) & (ids < 2**31 - 1), ids, 2**31 - 1)
-    return ids.astype(jnp.int32)
 
 
 def _summed(out: jax.Array, axes: tuple, dtype) -> jax.Array:

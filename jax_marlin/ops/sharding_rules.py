@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_marlin.ops.moe_align_block_size import align_routed_rows
+from jax_marlin.ops.moe_align_block_size import align_routed_rows, expert_of_row
 from jax_marlin.ops.partitioning import Axes, Partitioning, Scheme
 from jax_marlin.quant_spec import QuantSpec
 
@@ -155,9 +155,7 @@ def moe_ffn(bind: Callable) -> Partitioning:
 
     def local(axes: Axes, operands, params):
         x, ids, weights, *leaves = operands
-        first, own = span(axes, "e", leaves[0].shape[0])
-        if axes.get("e"):
-            ids = jnp.where((ids >= first) & (ids < first + own), ids - first, -1)
+        ids = own_ids(axes, ids, leaves[0].shape[0])
         leaves[9] = _once(axes, "i", leaves[9])
         specs = {
             "gate_up_spec": params["gate_up_spec"].held_by(*leaves[0].shape[1:3]),
@@ -192,6 +190,14 @@ def span(axes: Axes, factor: str, own: int):
     return (jax.lax.axis_index(axes[factor]) * own if axes.get(factor) else 0), own
 
 
+def own_ids(axes: Axes, ids: jax.Array, experts: int) -> jax.Array:
+    """Ids among this device's experts, of which it has so many; -1 for those of other devices."""
+    if not axes.get("e"):
+        return ids
+    first, _ = span(axes, "e", experts)
+    return jnp.where((ids >= first) & (ids < first + experts), ids - first, -1)
+
+
 def _once(axes: Axes, factor: str, bias: jax.Array) -> jax.Array:
     """The bias on the first device of those whose sums meet, zero on the others."""
     if not (axes.get(factor) and bias.size):
@@ -215,18 +221,10 @@ def _own_routing(axes: Axes, x: jax.Array, experts: int, routing, params):
     """Routing tables of this device's rows and experts, from those of all."""
     if not (axes.get("t") or axes.get("e")):
         return routing
-    slots, expert_ids, used = routing
-    rows = x.shape[0] * params["top_k"]
-    moe_block_size, all_rows = params["moe_block_size"], rows * size(axes, "t")
-    expert = jnp.repeat(expert_ids, moe_block_size)[: slots.shape[0]]
-    named = jnp.arange(slots.shape[0], dtype=jnp.int32) < used
-    named &= (slots >= 0) & (slots < all_rows)
-    target = jnp.where(named, slots, all_rows)
+    rows, moe_block_size = x.shape[0] * params["top_k"], params["moe_block_size"]
     first_row, _ = span(axes, "t", rows)
-    expert_of_row = jnp.full((all_rows,), -1, jnp.int32).at[target].set(expert, mode="drop")
-    own = jax.lax.dynamic_slice_in_dim(expert_of_row, first_row, rows)
-    first, _ = span(axes, "e", experts)
-    local = jnp.where((own >= first) & (own < first + experts), own - first, -1)
+    ids = expert_of_row(*routing, num_rows=rows * size(axes, "t"), moe_block_size=moe_block_size)
+    ids = own_ids(axes, jax.lax.dynamic_slice_in_dim(ids, first_row, rows), experts)
     return align_routed_rows(
-        local[:, None], moe_block_size, experts, implementation=params["implementation"]
+        ids[:, None], moe_block_size, experts, implementation=params["implementation"]
     )

@@ -5,7 +5,8 @@
 
 namespace jax_marlin {
 
-// Clocks of one block, measured on an H100 with bfloat16 and 4 bits; select_tile.cc compares them.
+// Clocks of one block on an H100 with bfloat16 and 4 bits; select_tile.cc compares them. The first
+// two are measured; `fixed` is what whole calls leave for 128 x 256, and a guess for the others.
 struct WgmmaTileRow {
   WgmmaTile tile;
   int alone;  // a packed K tile, when the block has the SM to itself
