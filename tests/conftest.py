@@ -36,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drop_programs():
+    """Drops what a module compiled: XLA maps each program's code by itself, and Linux gives a
+    process 65,530 maps, which all tests in one process would use up."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["xla", pytest.param("cuda", marks=pytest.mark.cuda)])
 def backend(request: pytest.FixtureRequest):
     """The `implementation` under test: "xla" on the CPU, "cuda" on a GPU (skipped without one)."""
