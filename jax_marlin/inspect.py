@@ -63,6 +63,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, list_modules: bool) -> str:
     infos = list(checkpoint.modules.values())
     packed, dense = checkpoint.nbytes, checkpoint.nbytes_dense
     unpacked = [info for info in infos if info.is_dequantized]
+    of_latents = [info for info in infos if info.is_packed and info.name.endswith(".kv_b_proj")]
     lines = [
         f"checkpoint  {checkpoint.path}",
         f"format      {_format(checkpoint)}",
@@ -71,6 +72,7 @@ def _describe_checkpoint(checkpoint: Checkpoint, list_modules: bool) -> str:
         f"shards      {len(checkpoint.shards.paths)}",
         f"bytes       {_size(packed)} packed, {_size(dense)} dense (in bfloat16)",
         *([_at_load(unpacked)] if unpacked else []),
+        *([_in_models(of_latents)] if of_latents else []),
         "",
     ]
     # one row for each way of storing a module
@@ -163,6 +165,12 @@ def _at_load(infos: Sequence[ModuleInfo]) -> str:
     size = _size(sum(info.nbytes_dense for info in infos))
     verb = "module is" if len(infos) == 1 else "modules are"
     return f"at load     {len(infos)} {verb} dequantized, to {size} in bfloat16"
+
+
+def _in_models(infos: Sequence[ModuleInfo]) -> str:
+    """What latent attention multiplies head by head, and so not packed."""
+    size = _size(sum(info.nbytes_dense for info in infos))
+    return f"in models   {len(infos)} packed kv_b_proj become {size} in bfloat16 (models.load)"
 
 
 def _counts(infos: Sequence[ModuleInfo]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """DeepSeek-V3 in FP8 blocks from a synthetic checkpoint: all logits in float64, cache, refusals."""
 
 import math
+import re
 
 import decoder_oracle as oracle
 import jax
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from float_tensors import fp8_parts, fp8_weight
-from synthetic_checkpoints import write
+from synthetic_checkpoints import gptq_tensors, quantization, write
+from test_decode_program import BATCH, shape_of, traced
 
 from jax_marlin import DenseExpertStack, models
+from jax_marlin.checkpoints import open_checkpoint
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.deepseek_v3 import DeepseekMlp
 from jax_marlin.models.layers import DenseLinear
 from jax_marlin.models.loading import read_config
+from jax_marlin.models.module_reader import ModuleReader
 
 H, VOCAB, HEADS, NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 48, 50, 3, 16, 8, 12, 40, 24
 WIDE, INNER, EXPERTS, SHARED, LAYERS, BN, BK = 56, 32, 6, 2, 3, 16, 32
@@ -190,7 +194,7 @@ def test_logits(model):
     assert isinstance(model.layers[0].mlp, DenseMlp)
     mlp = model.layers[1].mlp
     assert isinstance(mlp, DeepseekMlp) and isinstance(mlp.gate_up, DenseExpertStack)
-    assert isinstance(model.layers[2].self_attn.kv_b_proj, DenseLinear)  # FP8, dequantized
+    assert isinstance(model.layers[2].self_attn.o_proj, DenseLinear)  # FP8, dequantized
     assert_logits(model, PARTS)
 
 
@@ -208,14 +212,41 @@ def test_routing_of_every_token_is_the_same(model):
     np.testing.assert_allclose(got, expected, atol=3e-5 * np.abs(expected).max())
 
 
-def test_cache_holds_keys_and_values_of_different_widths(model):
+def test_cache_holds_latents_that_all_heads_share(model):
     extend = jax.jit(lambda model, ids, cache: model.extend(ids, cache))
     full, cache = np.asarray(model(IDS)), model.empty_cache(2, capacity=9)
-    assert cache.keys[0].shape == (2, HEADS, 128, NOPE + ROPE)
-    assert cache.values[0].shape == (2, HEADS, 128, VALUE)
+    assert [array.shape for array in cache.layers[0]] == [(2, 128, KV_RANK + ROPE)]
+    held = sum(array.nbytes for array in jax.tree.leaves(cache.layers))
+    assert held / (2 * cache.capacity) == LAYERS * (KV_RANK + ROPE) * 4  # bytes a position
     for start, stop in [(0, 4), (4, 6), (6, 7)]:
         logits, cache = extend(model, jnp.asarray(IDS[:, start:stop]), cache)
         np.testing.assert_allclose(logits, full[:, stop - 1], atol=2e-5 * np.abs(full).max())
+
+
+def test_latents_are_updated_in_place(model):
+    """In the decoding loop no cache is copied, nor a head's part of kv_b_proj rearranged."""
+    text = traced(model).lower().compile().as_text()
+    heads = model.layers[0].self_attn.kv_b_proj
+    for array in (model.empty_cache(BATCH, 40).layers[0][0], heads.keys, heads.values):
+        made = set(re.findall(rf"= {re.escape(shape_of(array))}\S* (\S+?)\(", text))
+        assert "parameter" in made
+        assert not made & {"copy", "transpose", "concatenate", "broadcast", "select"}, made
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_kv_b_proj_is_dequantized(tmp_path, bits):
+    parts, weight = gptq_tensors(1, 64, 96, bits=bits, act_order=True)
+    other = gptq_tensors(2, 64, 96, bits=bits, act_order=True, bias=True)[0]
+    path = write(tmp_path, {"a": parts, "b": other}, quantization(bits=bits, desc_act=True))
+    with open_checkpoint(path) as checkpoint:
+        reader = ModuleReader(checkpoint, jnp.dtype(jnp.float32))
+        first, last = reader.dequantized("a", (64, 96), lambda w: (w[:, :32], w[:, 32:]))
+        np.testing.assert_array_equal(first, weight[:, :32].astype(np.float32))
+        np.testing.assert_array_equal(last, weight[:, 32:].astype(np.float32))
+        with pytest.raises(ValueError, match=r"a has shape \(64, 96\), expected \(64, 80\)"):
+            reader.dequantized("a", (64, 80), lambda w: w)
+        with pytest.raises(ValueError, match="b has a bias, expected none"):
+            reader.dequantized("b", (64, 96), lambda w: w)
 
 
 def test_generate_is_greedy_without_a_cache(model):

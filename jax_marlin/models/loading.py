@@ -51,7 +51,8 @@ def load(
     """Loads a checkpoint directory as a model, on the default device or where `sharding` says.
 
     Modules in formats that kernels read (GPTQ, AWQ, compressed-tensors' pack-quantized) stay
-    packed; MXFP4, NVFP4 and FP8 are dequantized to `dtype`, experts into a `DenseExpertStack`.
+    packed; MXFP4, NVFP4 and FP8 are dequantized to `dtype`, experts into a `DenseExpertStack`, and
+    so is DeepSeek's kv_b_proj in any format, since its cache holds latents (see `inspect`).
     Whether a module is quantized is read from its tensors, so attention, experts and lm_head may
     be either. Both generations of config keys are read (`num_experts` or `num_local_experts`,
     `rope_theta` or `rope_parameters`). Peak host memory is what the host's devices hold plus one
