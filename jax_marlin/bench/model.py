@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
     ceilings, given = ceilings_of(args, dtype)
     name = args.model or ("tiny" if on_cpu else "qwen3-30b")
     model = random_model(name, quantization, quantized_lm_head=args.quantized_lm_head)
-    conditions = report.environment(quantization, ceilings, given=given) | {
+    conditions = report.environment(quantization)
+    conditions |= report.floor_of(ceilings, given=given) | {
         "model": f"{name}, random weights, lm_head {'packed' if args.quantized_lm_head else dtype}",
         "model_gb": round(jax.block_until_ready(model).nbytes / 1e9, 3),
         "method": f"median of {args.runs} runs; decode: {args.new_tokens} greedy tokens in one "

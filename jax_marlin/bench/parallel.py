@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--devices", type=int, default=len(jax.devices()), help="default: all")
     add("--dtype", default="float32" if on_cpu else "bfloat16")
     add("--group-size", type=int, default=64 if on_cpu else 128)
-    add("--calls", type=int, default=8, help="calls in one program (default: 8)")
-    add("--runs", type=int, default=20, help="of a program (default: 20)")
+    add("--calls", type=int, default=8, help="calls in one round (default: 8)")
+    add("--runs", type=int, default=20, help="pairs of runs (default: 20)")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     args = parser.parse_args(argv)
     if not 1 < args.devices <= len(jax.devices()):

@@ -36,9 +36,10 @@ _COLUMNS = {
 
 
 def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
-    """What the times of operations depend on; see `environment` for the arguments."""
+    """What the times of operations depend on; see `floor_of` for the arguments."""
     return {
-        **environment(options.quantization, ceilings, given=given),
+        **environment(options.quantization),
+        **floor_of(ceilings, given=given),
         "method": "calls one after the other in a loop inside one jitted program, weights and "
         "routings rotated past L2; what longer runs of it take more than shorter ones, so no start "
         f"of a program (ours and XLA's; median of {options.runs} pairs of runs, fewer where they "
@@ -48,16 +49,8 @@ def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) 
     }
 
 
-def environment(
-    quantization: Quantization, ceilings: Ceilings, *, given: Collection[str]
-) -> dict[str, Any]:
-    """The device, the versions and the weights' format.
-
-    Args:
-        quantization: of the weights.
-        ceilings: of the device.
-        given: the ceilings ("bandwidth", "flops") that were not measured in this run.
-    """
+def environment(quantization: Quantization) -> dict[str, Any]:
+    """The device, the versions and the weights' format."""
     from jax_marlin import __version__
 
     device = jax.devices()[0]
@@ -72,6 +65,17 @@ def environment(
         "dtype": str(quantization.dtype),
         "bits": quantization.bits,
         "group_size": quantization.group_size,
+    }
+
+
+def floor_of(ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
+    """The ceilings that floors follow from.
+
+    Args:
+        ceilings: of the device.
+        given: those ("bandwidth", "flops") that were not measured in this run.
+    """
+    return {
         "floor_gb_per_s": round(ceilings.bandwidth / 1e9, 3),
         "floor_tflops": round(ceilings.flops / 1e12, 4),
         "floor_from": ", ".join(
