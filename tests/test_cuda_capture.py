@@ -109,6 +109,7 @@ def test_times_are_those_of_calls_inside_command_buffers(tmp_path):
     run_benchmark(tmp_path, "jax_marlin.bench", *options)
     (text,) = [f.read_text() for f in tmp_path.glob("*.jit_program.*after_optimizations.txt")]
     assert text.count(f'custom_call_target="{TARGETS["matmul"]}"') == 8
+    assert "known_trip_count" in text and not re.search(r"= u32\[\d.*\]\S* copy\(", text)
     (after,) = tmp_path.glob("*.jit_program.*thunk_sequence_after_thunk_passes.txt")
     thunks = after.read_text()
     assert "kWhile" in thunks and "kCommandBuffer" in thunks and not loose_calls(thunks), thunks

@@ -41,9 +41,9 @@ def measure_all(
 ) -> Iterator[dict[str, Any]]:
     """Yields records of all shapes until `deadline`, of `time.monotonic`.
 
-    Each shape may take an equal share of the time that is left when it begins. A case is not begun
-    if it would end late by taking as long as the one before it, nor a shape if its first case
-    would by taking as long as the longest first one: that makes the weights, too.
+    Each shape has an equal share of the time that is left when it begins, past which none of its
+    cases begins. Nor does one that would end after the deadline by taking as long as the one before
+    it, or, being the first of a shape, as long as the longest first one: that makes weights, too.
     """
     longest = 0.0
     for index, shape in enumerate(shapes):
@@ -58,7 +58,7 @@ def measure_all(
             took, began = now - began, now
             if count == 0:
                 longest = max(longest, took)
-            if now + took > until:
+            if now >= until or now + took > deadline:
                 break
         records.close()
 

@@ -26,7 +26,7 @@ def microseconds(
     *,
     expected_us: float,
     runs: int = 20,
-    max_seconds: float = 1.0,
+    max_seconds: float = 0.5,
 ) -> float:
     """The time of one call on the device.
 
