@@ -95,10 +95,10 @@ def test_fewer_experts_touched_are_more_copies_and_more_calls(monkeypatch):
     assert copies == [math.ceil(ROTATION_BYTES / 2**26), math.ceil(ROTATION_BYTES / 2**24)]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options = measure.Options(FLOAT32, None, 1, baseline=False)
-    deepseek, ceilings = SHAPES["deepseek-v3.gate_up"], Ceilings(3e12, 7e14)
-    # 128 experts of 14.7 MB: 626 us, 4 calls; 64 of them: 313 us, 7 calls
-    assert options.calls_for(deepseek, 16, ceilings) == 4
-    assert options.calls_for(deepseek, 16, ceilings, "one-hot") == 7
+    mixtral, ceilings = SHAPES["mixtral-8x7b.down"], Ceilings(3e12, 7e14)
+    # 8 experts of 29 MB: 78 us; 3: 29 us
+    assert options.calls_for(mixtral, 16, ceilings) == 13
+    assert options.calls_for(mixtral, 16, ceilings, "one-hot") == 35
 
 
 @pytest.mark.parametrize("name", ["tiny.down", "tiny.layer"])

@@ -139,7 +139,7 @@ class ModuleReader:
         pairs = [tuple(f"{prefix}.{e}.{name}" for name in names[:2]) for e in range(num_experts)]
         downs = [f"{prefix}.{e}.{names[2]}" for e in range(num_experts)]
         how: dict[str, Any] = {"sharding": self._sharding}
-        if self._checkpoint.can_fuse(pairs):
+        if self._checkpoint.can_fuse(pairs, self._sharding):
             gate_up = self._checkpoint.load_expert_stack(pairs, self._dtype, **how)
         else:
             gate, up = self._checkpoint.load_expert_stacks(pairs, self._dtype, **how)
