@@ -24,9 +24,7 @@ from jax_marlin.act_order import perm_from_g_idx
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.host_arrays import host_array
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.words import one_in_every_field, pack_rows, unpack_rows
-
-_COLUMNS_AT_ONCE = 256  # taken apart at once; one byte a code then stays in the cache
+from jax_marlin.words import one_in_every_field, pack_rows, take_rows, unpack_rows
 
 
 def gptq_to_canonical(
@@ -86,7 +84,7 @@ def gptq_to_canonical(
     if groups is not None:
         perm = perm_from_g_idx(groups, k=spec.k, group_size=spec.group_size, where=where)
     canonical = CanonicalLinear(
-        words if perm is None else _take_rows(words, perm, bits),
+        words if perm is None else take_rows(words, perm, bits),
         scales,
         _zero_points(qzeros, spec, symmetric, checkpoint_format, where),
         perm,
@@ -173,15 +171,6 @@ def _zero_points(
     if symmetric is None and bool((zero_points == middle).all()):
         return None
     return np.ascontiguousarray(zero_points)
-
-
-def _take_rows(words: np.ndarray, rows: np.ndarray, bits: int) -> np.ndarray:
-    """The words of the codes with rows in another order, some columns at a time."""
-    taken = np.empty((-(-rows.size * bits // 32), words.shape[1]), np.uint32)
-    for start in range(0, words.shape[1], _COLUMNS_AT_ONCE):
-        columns = slice(start, start + _COLUMNS_AT_ONCE)
-        taken[:, columns] = pack_rows(unpack_rows(words[:, columns], bits)[rows], bits)
-    return taken
 
 
 def _unpack_columns(words: np.ndarray, bits: int) -> np.ndarray:

@@ -7,11 +7,11 @@ By index bits, named as in `layout`, with c = 2 c1 + c0:
     8 bit   word of row (kt, j, h, c1), column (nt, w, b, g), holds bytes (c0, l)
             word of tile (nt, kt), place (w, g, c1, c0, j, l), holds bytes (h, b)
 
-So the four words that differ in h and b become the four that differ in the two places they held
-highest: h changes with the place of 16 bits, b with that of 8. At 4 bit the nibbles of a word then
-are (h, b, l), and two swaps of neighbours make them (l, h, b). What remains is to store words in
-another order. All of it runs on blocks that stay in the cache, at more than 1 GB a second on one
-core, where NumPy lets go of the interpreter's lock.
+An exchange swaps one bit that chooses a word with one that chooses a place, for all words at once.
+At 4 bit three do it: b with l (which then chooses a word), l with c1, h with c0. At 8 bit two do: h
+with c0, b with l. What remains is to store words in another order, in runs of four. All of it runs
+on blocks that stay in the cache, at about 2 GB a second on one core, where NumPy lets go of the
+interpreter's lock.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from __future__ import annotations
 import numpy as np
 
 from jax_marlin.layout import TILE
-from jax_marlin.words import exchange, swap_places
+from jax_marlin.words import exchange
 
-_BLOCK_WORDS = 2**17  # words packed at once; they and their copies fill a core's cache
+_BLOCK_WORDS = 2**16  # words packed at once; they and their copies fill a core's cache
+_LINE = 16  # words of a line of the cache
 _RUN = np.dtype(np.complex128)  # 16 bytes, four words, which NumPy moves as one item
 
 
@@ -64,34 +65,51 @@ def pack_words(words: np.ndarray, bits: int, out: np.ndarray | None = None) -> n
             block = words[
                 kt * rows_of_tile : (kt + k_step) * rows_of_tile, nt * TILE : (nt + n_step) * TILE
             ]
-            _pack_block(np.ascontiguousarray(block), bits, out[nt : nt + n_step, kt : kt + k_step])
+            _pack_block(_contiguous(block), bits, out[nt : nt + n_step, kt : kt + k_step])
     return out
+
+
+def _contiguous(block: np.ndarray) -> np.ndarray:
+    """`block`, row after row in memory.
+
+    A transposed one is copied twice: where its columns lie a power of two apart, they share a set
+    of the cache, and reading across them would miss at each word.
+    """
+    if abs(block.strides[0]) < abs(block.strides[1]):
+        rows, n = block.shape
+        columns = np.empty((n, rows + _LINE), np.uint32)[:, :rows]
+        columns[...] = block.T
+        block = columns.T
+    return np.ascontiguousarray(block)
 
 
 def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     rows, n = words.shape
     k_tiles, n_tiles = rows * 32 // bits // TILE, n // TILE
     last = 1 if bits == 4 else 2  # c1 stands in the row at 8 bit
-    # parts[h, b]: [kt, j, c1, nt, w, g], moved as runs of four words along g
+    # x[h, b]: [kt, j, c1, nt, w, g], moved as runs of four words along g
     runs = words.view(_RUN).reshape(k_tiles * 4, 2, last, n // 16, 2, 2)
     parts = np.empty((2, 2, k_tiles * 4, last, n // 16, 2), _RUN)
     for h, b, half in np.ndindex(2, 2, 2):
         parts[h, b, ..., half] = runs[:, h, :, :, b, half]
-    (x0, x1), (x2, x3) = parts.view(np.uint32).reshape(2, 2, -1)
-    scratch = np.empty_like(x0)
-    for x, y in ((x0, x2), (x1, x3)):
-        exchange(x, y, 16, scratch)
-    for x, y in ((x0, x1), (x2, x3)):
-        exchange(x, y, 8, scratch)
-    for place, x in enumerate((x0, x1, x2, x3)):
-        planes = x.reshape(k_tiles, 4 * last, n_tiles, 32)  # kt (j c1) nt wg
-        if bits == 4:
-            swap_places(x, 4, scratch)  # nibbles (h, b, l) to (h, l, b)
-            swap_places(x, 8, scratch)  # (h, l, b) to (l, h, b)
-            tiles = out.reshape(n_tiles, k_tiles, 32, 4, 4)[..., place, :]  # nt kt wg j
-        else:
-            tiles = out.reshape(n_tiles, k_tiles, 32, 2, 2, 4, 2)  # nt kt wg c1 c0 j l
-            tiles = tiles[..., place // 2, :, place % 2]  # nt kt wg c1 j
-        for j, c1 in np.ndindex(4, last):
-            target = tiles[..., j] if bits == 4 else tiles[..., c1, j]
-            target[...] = planes[:, j * last + c1].transpose(1, 0, 2)
+    x = parts.view(np.uint32).reshape(2, 2, -1)
+    scratch = np.empty_like(x[0])
+    if bits == 4:
+        exchange(x[:, 0], x[:, 1], 4, scratch)  # x[h, l], places (c1, c0, b)
+        exchange(x[:, 0], x[:, 1], 16, scratch)  # x[h, c1], places (l, c0, b)
+        exchange(x[0], x[1], 8, scratch)  # x[c0, c1], places (l, h, b)
+        planes = x.reshape(2, 2, k_tiles, 2, 2, -1)  # c0 c1 kt j1 j0 (nt w g)
+        planes = planes.transpose(1, 0, 2, 5, 3, 4)  # c1 c0 kt (nt w g) j1 j0
+    else:
+        exchange(x[0], x[1], 16, scratch)  # x[c0, b], places (h, l)
+        exchange(x[:, 0], x[:, 1], 8, scratch)  # x[c0, l], places (h, b)
+        planes = x.reshape(2, 2, k_tiles, 2, 2, 2, -1)  # c0 l kt j1 j0 c1 (nt w g)
+        planes = planes.transpose(5, 0, 3, 2, 6, 4, 1)  # c1 c0 j1 kt (nt w g) j0 l
+    *lead, _, columns, _, _ = planes.shape
+    quads = np.empty((*lead, k_tiles, columns, 4), np.uint32)
+    for place in range(4):  # one after the other, so that NumPy's inner loop is long
+        quads[..., place] = planes[..., place // 2, place % 2]
+    quads = quads.view(_RUN).reshape(*lead, k_tiles, n_tiles, 32)
+    tiles = out.view(_RUN).reshape(n_tiles, k_tiles, 32, *lead)
+    for place in np.ndindex(*lead):
+        tiles[(..., *place)] = quads[place].swapaxes(0, 1)

@@ -238,7 +238,8 @@ def _column_range(columns: slice | None, n: int, where: str) -> tuple[int, int]:
 
 def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
     """[G, n] to [G, a multiple of 64]."""
-    return np.pad(a, ((0, 0), (0, -a.shape[1] % TILE)), constant_values=value)
+    fill = -a.shape[1] % TILE
+    return np.pad(a, ((0, 0), (0, fill)), constant_values=value) if fill else a
 
 
 def _padded_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
+_TAKEN_AT_ONCE = 2**17  # words whose rows are moved at once; they stay in the cache
+_MIN_RUN = 16  # words of one row: a line of the cache
+
 # every second field of `shift` bits in a word, the lower ones
 _LOWER = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
 
@@ -88,19 +91,64 @@ def exchange(x: np.ndarray, y: np.ndarray, shift: int, scratch: np.ndarray) -> N
     np.bitwise_xor(x, scratch, out=x)
 
 
-def swap_places(x: np.ndarray, shift: int, scratch: np.ndarray) -> None:
-    """Swaps, in place, the two middle fields of four, `shift` bits each, in all of a word.
+def transpose_fields(matrix: np.ndarray, bits: int) -> None:
+    """Swaps, in place, field j of word i with field i of word j, for i, j < P.
 
-    >>> x = np.array([0x44332211], np.uint32)
-    >>> swap_places(x, 8, np.empty_like(x))
-    >>> hex(x[0])
-    '0x44223311'
+    Args:
+        matrix: uint32 [P, ...], contiguous, P = 32 / bits.
+        bits: of a field, 4 or 8.
+
+    >>> matrix = np.array([0x03020100, 0x13121110, 0x23222120, 0x33323130], np.uint32)
+    >>> transpose_fields(matrix, 8)
+    >>> [hex(word) for word in matrix]
+    ['0x30201000', '0x31211101', '0x32221202', '0x33231303']
     """
-    by = np.uint32(shift)
-    second = np.uint32({4: 0x00F000F0, 8: 0x0000FF00}[shift])
-    np.right_shift(x, by, out=scratch)
-    np.bitwise_xor(scratch, x, out=scratch)
-    np.bitwise_and(scratch, second, out=scratch)
-    np.bitwise_xor(x, scratch, out=x)
-    np.left_shift(scratch, by, out=scratch)
-    np.bitwise_xor(x, scratch, out=x)
+    count = 32 // bits
+    scratch = np.empty(matrix.size // 2, np.uint32)
+    distance = count // 2
+    while distance:  # each bit of i changes places with the same bit of j
+        pairs = matrix.reshape(count // (2 * distance), 2, distance, -1)
+        x, y = pairs[:, 0], pairs[:, 1]
+        exchange(x, y, bits * distance, scratch.reshape(x.shape))
+        distance //= 2
+
+
+def take_rows(words: np.ndarray, order: np.ndarray, bits: int) -> np.ndarray:
+    """Words of the codes with rows in another order; row i of the result is row `order[i]`.
+
+    Words of P rows and one column become words of one row and P columns, so that rows are moved as
+    runs of memory, and are turned back.
+
+    Args:
+        words: uint32 [R, N], P codes of a column in each.
+        order: integers [K], rows of codes, 0 <= order < R * P; fields past K hold anything.
+        bits: 4 or 8.
+
+    Returns:
+        uint32 [ceil(K / P), N].
+
+    >>> words = pack_rows(np.arange(16, dtype=np.uint8)[:, None], 4)
+    >>> unpack_rows(take_rows(words, np.arange(16)[::-1], 4), 4)[:, 0].tolist()
+    [15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    """
+    (rows, n), count = words.shape, 32 // bits
+    taken = np.empty((-(-order.size // count), n), np.uint32)
+    source = np.zeros((taken.shape[0], count), np.intp)
+    source.reshape(-1)[: order.size] = order
+    source = (source % count * rows + source // count).T  # where transposed rows stand
+    width = max(_MIN_RUN, _TAKEN_AT_ONCE // (rows * count))
+    width = min(width, -(-n // count))
+    matrix = np.zeros((count, rows, width), np.uint32)  # column i * width + c in [i, :, c]
+    moved = np.empty((count, taken.shape[0], width), np.uint32)
+    for start in range(0, n, count * width):
+        for i in range(count):
+            columns = slice(start + i * width, start + (i + 1) * width)
+            part = words[:, columns]  # the last ones may be fewer, or none
+            matrix[i, :, : part.shape[1]] = part
+        transpose_fields(matrix, bits)
+        np.take(matrix.reshape(-1, width), source, axis=0, out=moved, mode="clip")
+        transpose_fields(moved, bits)
+        for i in range(count):
+            part = taken[:, start + i * width : start + (i + 1) * width]
+            part[...] = moved[i, :, : part.shape[1]]
+    return taken

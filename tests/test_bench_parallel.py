@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from jax_marlin.bench import parallel
 from jax_marlin.bench.collectives import bytes_sent, collectives_of
@@ -41,8 +42,7 @@ def test_every_mode_is_checked_timed_and_counted(tmp_path, monkeypatch, capsys):
 
 
 def test_a_layer_over_devices_is_timed_in_a_loop():
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((2,), ("devices",), auto, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:2])
     shape, mode = SHAPES["tiny.layer"], parallel.MODES[1]
     batch = Problem(shape, Quantization(4, 64, jnp.dtype("float32")), 2, 1).batch(2, 1)
     operands = batch.operands[0]

@@ -54,7 +54,7 @@ def test_no_packed_leaf_is_copied(compiled):
 
 def test_cache_is_updated_in_place(compiled):
     model, text = compiled
-    shape = shape_of(model.empty_cache(BATCH, 40).keys[0])
+    shape = shape_of(model.empty_cache(BATCH, 40).layers[0][0])
     made = re.findall(rf"= {re.escape(shape)}\S* (\S+?)\(", text)
     assert "parameter" in made
     moved = {"copy", "transpose", "concatenate", "broadcast", "select"}

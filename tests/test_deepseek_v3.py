@@ -190,7 +190,7 @@ def test_logits(model):
     assert isinstance(model.layers[0].mlp, DenseMlp)
     mlp = model.layers[1].mlp
     assert isinstance(mlp, DeepseekMlp) and isinstance(mlp.gate_up, DenseExpertStack)
-    assert isinstance(model.layers[2].self_attn.kv_b_proj, DenseLinear)  # FP8, dequantized
+    assert isinstance(model.layers[2].self_attn.o_proj, DenseLinear)  # FP8, dequantized
     assert_logits(model, PARTS)
 
 
@@ -208,11 +208,12 @@ def test_routing_of_every_token_is_the_same(model):
     np.testing.assert_allclose(got, expected, atol=3e-5 * np.abs(expected).max())
 
 
-def test_cache_holds_keys_and_values_of_different_widths(model):
+def test_cache_holds_latents_that_all_heads_share(model):
     extend = jax.jit(lambda model, ids, cache: model.extend(ids, cache))
     full, cache = np.asarray(model(IDS)), model.empty_cache(2, capacity=9)
-    assert cache.keys[0].shape == (2, HEADS, 128, NOPE + ROPE)
-    assert cache.values[0].shape == (2, HEADS, 128, VALUE)
+    assert [array.shape for array in cache.layers[0]] == [(2, 128, KV_RANK + ROPE)]
+    held = sum(array.nbytes for array in jax.tree.leaves(cache.layers))
+    assert held / (2 * cache.capacity) == LAYERS * (KV_RANK + ROPE) * 4  # bytes a position
     for start, stop in [(0, 4), (4, 6), (6, 7)]:
         logits, cache = extend(model, jnp.asarray(IDS[:, start:stop]), cache)
         np.testing.assert_allclose(logits, full[:, stop - 1], atol=2e-5 * np.abs(full).max())

@@ -5,9 +5,10 @@ import oracle
 import pytest
 
 from jax_marlin import repack
+from jax_marlin import words as words_module
 from jax_marlin.layout import pack_tiles
 from jax_marlin.repack import pack_words
-from jax_marlin.words import exchange, pack_rows, swap_places, unpack_rows
+from jax_marlin.words import exchange, pack_rows, take_rows, transpose_fields, unpack_rows
 
 
 def random_words(bits, k, n):
@@ -67,9 +68,22 @@ def test_exchanging_fields(shift):
     np.testing.assert_array_equal(y, expected_y)
 
 
-def test_swapping_places():
-    x = np.array([0x87654321], np.uint32)
-    swap_places(x, 4, np.empty_like(x))
-    assert hex(x[0]) == "0x86754231"
-    swap_places(x, 8, np.empty_like(x))
-    assert hex(x[0]) == "0x86427531"
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transposed_fields(bits):
+    count = 32 // bits
+    matrix = np.random.default_rng(bits).integers(0, 2**32, (count, 3, 5), np.uint32)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32).reshape(-1, 1, 1, 1)
+    expected = (matrix >> shifts & np.uint32(2**bits - 1)).swapaxes(0, 1)  # [word, field, ...]
+    transpose_fields(matrix, bits)
+    np.testing.assert_array_equal(matrix >> shifts & np.uint32(2**bits - 1), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("k, n, width", [(64, 1, 16), (40, 300, 2), (99, 130, 16), (5, 7, 1)])
+def test_rows_of_words_in_another_order(monkeypatch, bits, k, n, width):
+    monkeypatch.setattr(words_module, "_TAKEN_AT_ONCE", 1)
+    monkeypatch.setattr(words_module, "_MIN_RUN", width)
+    rng = np.random.default_rng(k)
+    codes, order = rng.integers(0, 2**bits, (k, n), np.uint8), rng.permutation(k)
+    taken = take_rows(pack_rows(codes, bits), order, bits)
+    np.testing.assert_array_equal(unpack_rows(taken, bits)[:k], codes[order], strict=True)

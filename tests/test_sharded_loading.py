@@ -136,12 +136,46 @@ with open_checkpoint(path) as checkpoint:
     experts = expert_names(8, "gate_proj", "up_proj")
     whole = checkpoint.load_expert_stack(experts)
     checkpoint.keep_packed(root / "cache")
-    read = Shards.read
     for _ in range(2):
         stack = checkpoint.load_expert_stack(experts, sharding=NamedSharding(mesh, P("a")))
         assert_equal(stack, whole)
-        Shards.read = lambda self, name: read(self, name) if name.endswith("g_idx") else 1 / 0
+        Shards.read = lambda self, name: 1 / 0
     assert len(list((root / "cache").rglob("*.safetensors"))) == 8
+""")
+
+
+def test_of_experts_in_act_order_two_orders_are_read_beforehand(tmp_path):
+    """As many as say that they differ: which leaves there are must not depend on the process."""
+    run(f"""
+root = pathlib.Path({str(tmp_path)!r})
+mesh = jax.sharding.Mesh(jax.devices(), ("a",))
+path, _ = write_experts(root / "checkpoint", num_experts=8, n=128, act_order=True)
+with open_checkpoint(path) as checkpoint:
+    experts = expert_names(8, "gate_proj", "up_proj")
+    whole = checkpoint.load_expert_stack(experts)
+    checkpoint.keep_packed(root / "cache")
+    read, names = Shards.read, []
+    Shards.read = lambda self, name: (names.append(name), read(self, name))[1]
+    for count in (8 * 2 * 4 + 2, 2):
+        stack = checkpoint.load_expert_stack(experts, sharding=NamedSharding(mesh, P("a")))
+        assert_equal(stack, whole)
+        assert len(names) == count, names
+        names.clear()
+""")
+
+
+def test_a_config_that_hides_act_order_is_refused(tmp_path):
+    run(f"""
+mesh = jax.sharding.Mesh(jax.devices()[:2], ("a",))
+modules = {{f"e.{{e}}": gptq_tensors(e, 256, 128, act_order=e == 1)[0] for e in range(2)}}
+with open_checkpoint(write(pathlib.Path({str(tmp_path)!r}), modules, quantization())) as checkpoint:
+    assert checkpoint.load_expert_stack(list(modules)).perm is not None
+    try:
+        checkpoint.load_expert_stack(list(modules), sharding=NamedSharding(mesh, P("a")))
+    except ValueError as error:
+        assert "module e.1" in str(error) and "set desc_act true" in str(error), error
+    else:
+        raise AssertionError
 """)
 
 
@@ -149,20 +183,22 @@ TWO_PROCESSES = """
 import os
 rank = int(os.environ["RANK"])
 jax.distributed.initialize(os.environ["COORDINATOR"], num_processes=2, process_id=rank)
-read, own = set(), Shards.read
+read, own = [], Shards.read
 def counted(self, name):
-    read.add(name)
-    return own(self, name)
+    array = own(self, name)
+    read.append((name, array.nbytes))
+    return array
 Shards.read = counted
 mesh = jax.sharding.Mesh(jax.devices(), ("expert",))
 from jax_marlin.data import bundled_checkpoint
 with open_checkpoint(bundled_checkpoint()) as checkpoint:
     names = [f"model.layers.0.mlp.experts.{e}.down_proj" for e in range(8)]
     stack = checkpoint.load_expert_stack(names, sharding=NamedSharding(mesh, P("expert")))
-    weights = {name for name in read if not name.endswith(".g_idx")}
     mine = range(4 * rank, 4 * rank + 4)
-    assert weights == {f"{names[e]}.{part}" for e in mine
-                       for part in ("qweight", "scales", "qzeros")}, weights
+    assert sorted(name for name, _ in read) == sorted(
+        f"{names[e]}.{part}" for e in mine for part in ("qweight", "scales", "qzeros", "g_idx"))
+    assert sum(nbytes for _, nbytes in read) == sum(
+        checkpoint.modules[names[e]].nbytes for e in mine)
     whole = checkpoint.load_expert_stack(names)
 assert stack.qweight.shape == whole.qweight.shape
 assert jax.tree.structure(stack) == jax.tree.structure(whole)

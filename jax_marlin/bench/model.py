@@ -189,15 +189,10 @@ def _started(model: CausalLM, batch: int, context: int, new_tokens: int) -> Deco
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _random_like(cache: KVCache, key: jax.Array) -> KVCache:
-    def of_layers(arrays: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(key, len(arrays))
-        return tuple(
-            jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, arrays, strict=True)
-        )
-
-    first, second = jax.random.split(key)
-    keys, values = of_layers(cache.keys, first), of_layers(cache.values, second)
-    return dataclasses.replace(cache, keys=keys, values=values)
+    arrays, structure = jax.tree.flatten(cache.layers)
+    keys = jax.random.split(key, len(arrays))
+    arrays = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, arrays, strict=True)]
+    return dataclasses.replace(cache, layers=jax.tree.unflatten(structure, arrays))
 
 
 def _prefilled(model: CausalLM, decoded: Decoded, context: int) -> Decoded:

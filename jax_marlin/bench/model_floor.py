@@ -30,10 +30,9 @@ def weight_bytes(model: CausalLM, tokens: int) -> float:
 
 
 def cache_bytes(model: CausalLM, batch: int, positions: float) -> float:
-    """Bytes of keys and values of so many positions."""
-    c = model.config
-    heads = c.num_key_value_heads * (c.head_dim + c.value_head_dim)
-    return len(model.layers) * batch * positions * heads * model.dtype.itemsize
+    """Bytes that layers keep of so many positions."""
+    numbers = sum(math.prod(of_position) for of_position in model.config.cached)
+    return len(model.layers) * batch * positions * numbers * model.dtype.itemsize
 
 
 def prefill_flops(model: CausalLM, batch: int, seq: int) -> float:
@@ -56,10 +55,11 @@ def _expert_stacks(model: CausalLM) -> list[MarlinExpertStack | DenseExpertStack
 
 def _weights(layer) -> int:
     """Elements of a layer's linears that are not experts."""
-    packed = (MarlinExpertStack, DenseExpertStack)
-    parts = jax.tree.leaves(layer, is_leaf=lambda part: isinstance(part, packed))
-    return sum(
-        math.prod(part.shape)
+    stacks = (MarlinExpertStack, DenseExpertStack)
+    parts = jax.tree.leaves(layer, is_leaf=lambda part: isinstance(part, stacks))
+    linears = [
+        part
         for part in parts
-        if part.ndim == 2 or (isinstance(part, MarlinExpertStack) and part.num_experts == 1)
-    )
+        if (part.num_experts == 1 if isinstance(part, stacks) else part.ndim >= 2)
+    ]
+    return sum(math.prod(part.shape) for part in linears)

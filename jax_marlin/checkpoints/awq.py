@@ -31,10 +31,11 @@ from jax_marlin.checkpoints.quantize_config import (
 )
 from jax_marlin.checkpoints.safetensors_header import TensorInfo
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.words import exchange
+from jax_marlin.words import transpose_fields
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _SYMMETRIC = 8
+_WORDS_AT_ONCE = 2**17  # of the codes transposed at once; they stay in the cache
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's quant_config.json
 _ACTED_ON = ACTED_ON | set(_OLD_NAMES) | {"version", "zero_point"}
 
@@ -143,23 +144,21 @@ def _unpack(words: np.ndarray) -> np.ndarray:
 def _words_along_k(qweight: np.ndarray) -> np.ndarray:
     """int32 [K, N / 8], words of 8 neighbours along N, to uint32 [ceil(K / 8), N], along K.
 
-    Eight words below each other are an 8 x 8 matrix of nibbles, and this is its transpose: each bit
-    of the row index changes places with a bit of the place in the word.
+    Eight words below each other are an 8 x 8 matrix of nibbles, and this is its transpose.
     """
     k, n_words = qweight.shape
     rows = -(-k // 8)
-    matrix = np.zeros((8, rows, n_words), np.uint32)  # [row of the matrix, matrices]
-    for row in range(8):
-        part = qweight[row::8].view(np.uint32)  # the last matrices may lack some
-        matrix[row, : part.shape[0]] = part
-    scratch = np.empty_like(matrix[0])
-    for distance in (4, 2, 1):
-        for row in range(8):
-            if not row & distance:
-                exchange(matrix[row], matrix[row + distance], 4 * distance, scratch)
     words = np.empty((rows, n_words, 8), np.uint32)
-    for column, place in enumerate(_PLACES):
-        words[..., column] = matrix[place]
+    step = max(1, _WORDS_AT_ONCE // (8 * n_words))
+    matrix = np.zeros((8, min(step, rows), n_words), np.uint32)  # [row of a matrix, matrices]
+    for start in range(0, rows, step):
+        block = words[start : start + step]
+        for row in range(8):
+            part = qweight[8 * start + row : 8 * (start + step) : 8]  # the last may lack some
+            matrix[row, : part.shape[0]] = part.view(np.uint32)
+        transpose_fields(matrix, 4)
+        for column, place in enumerate(_PLACES):
+            block[..., column] = matrix[place, : block.shape[0]]
     return words.reshape(rows, -1)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jax_marlin.canonical import CanonicalLinear
-from jax_marlin.checkpoints import dense_experts, expert_stack
+from jax_marlin.checkpoints import dense_experts, expert_modules, expert_stack
 from jax_marlin.checkpoints.modules import ModuleInfo
 from jax_marlin.checkpoints.packed_cache import PackedCache, cache_directory
 from jax_marlin.checkpoints.progress import Progress, counter
@@ -166,8 +166,8 @@ class Checkpoint:
         """
         names = [(expert,) if isinstance(expert, str) else tuple(expert) for expert in experts]
         where = "Checkpoint.load_expert_stack"
-        expert_stack.check_present(self.modules, names, where)
-        if expert_stack.all_packed(self.modules, names, where):
+        expert_modules.check_present(self.modules, names, where)
+        if expert_modules.all_packed(self.modules, names, where):
             return self._load_packed(names, dtype, sharding, progress)
         return dense_experts.load_dense_stack(
             self.modules,
@@ -222,13 +222,18 @@ class Checkpoint:
             for column in zip(*experts, strict=True)
         )
 
-    def can_fuse(self, experts: Sequence[Sequence[str]]) -> bool:
+    def can_fuse(
+        self, experts: Sequence[Sequence[str]], sharding: NamedSharding | None = None
+    ) -> bool:
         """Whether each expert's modules can be put side by side.
 
         True when they agree in K, bits, group size and act-order permutation (unpacked ones: in K);
-        reads g_idx only.
+        reads g_idx only. With `sharding`, as in `load_expert_stack`, where the config says
+        desc_act false no g_idx is read, for most would be of other processes' experts.
         """
-        return expert_stack.can_fuse(self.modules, experts, self.shards.read)
+        return expert_modules.can_fuse(
+            self.modules, experts, self.shards.read, trust_config=sharding is not None
+        )
 
     def keep_packed(self, directory: str | os.PathLike | None = None) -> None:
         """From now on packed weights are written to a cache, and read from it where they are there.

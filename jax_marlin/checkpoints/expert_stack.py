@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from jax_marlin.act_order import perm_from_g_idx
-from jax_marlin.canonical import CanonicalLinear, concat_columns, same_perm
+from jax_marlin.canonical import CanonicalLinear, concat_columns
+from jax_marlin.checkpoints.expert_modules import optional_leaves, specs_of_parts, stored_dtype
 from jax_marlin.checkpoints.module_format import Read
 from jax_marlin.checkpoints.modules import ModuleInfo
 from jax_marlin.checkpoints.packed_cache import PackedCache
 from jax_marlin.checkpoints.placement import Block, Leaves, Placement
 from jax_marlin.checkpoints.quantized_module import (
-    group_index,
-    may_have_zero_points,
     read_canonical,
-    scales_of,
-    spec_of,
 )
 from jax_marlin.checkpoints.workers import in_threads
 from jax_marlin.layout import TILE
@@ -32,7 +27,6 @@ from jax_marlin.stack_builder import StackBuilder
 from jax_marlin.weights import MarlinExpertStack
 
 _WHERE = "Checkpoint.load_expert_stack"
-_SCALE_DTYPES = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 def load_expert_stack(
@@ -59,7 +53,7 @@ def load_expert_stack(
     Raises:
         ValueError: experts are missing or differ from each other; names them.
     """
-    specs = _specs(modules, experts)
+    specs = specs_of_parts(modules, experts)
     spec = QuantSpec.create(
         bits=specs[0].bits,
         group_size=specs[0].group_size,
@@ -67,11 +61,11 @@ def load_expert_stack(
         n=sum(part.n for part in specs),
         where=_WHERE,
     )
-    chosen = _stored_dtype(modules, experts) if dtype is None else dtype
+    chosen = stored_dtype(modules, experts) if dtype is None else dtype
     placement = Placement(sharding, len(experts), spec, _WHERE)
     optional: tuple[str, ...] = ()
     if sharding is not None:  # other processes must come to the same leaves from other experts
-        optional, shared = _optional_leaves(modules, experts, read)
+        optional, shared = optional_leaves(modules, experts, read)
         spec = dataclasses.replace(spec, shared_perm=shared)
         if "perm" in optional and placement.splits_k:
             raise ValueError(
@@ -96,7 +90,10 @@ def load_expert_stack(
         for e in in_threads(pack_expert, held):
             for _ in experts[e]:
                 on_module()
-        return {block: builder.take_leaves()[0] for block, builder in builders.items()}
+        packed = {block: builder.take_leaves()[0] for block, builder in builders.items()}
+        if sharding is not None and "perm" not in optional:
+            _check_in_order(packed.values(), experts[held[0]][0])
+        return packed
 
     for _, group in itertools.groupby(placement.blocks, lambda block: block.experts):
         blocks = list(group)
@@ -109,6 +106,16 @@ def load_expert_stack(
                 spec = dataclasses.replace(spec, shared_perm=shared)
             placement.put(block, leaves)
     return placement.finish(spec)
+
+
+def _check_in_order(packed: Iterable[Leaves], module: str) -> None:
+    """Raises for experts in act-order of a checkpoint that does not say so: see below."""
+    if any(leaves["perm"] is not None for leaves in packed):
+        raise ValueError(
+            f"{_WHERE}: g_idx of module {module}, or of an expert after it, reorders rows, but the "
+            f"quantization config has desc_act false, by which devices that hold other experts go; "
+            f"set desc_act true in it, or load without sharding"
+        )
 
 
 def _through_cache(
@@ -164,126 +171,3 @@ def _set_part(
         canonical = canonical.window(block.rows, inside, spec.group_size)
     first = block.columns.start
     builder.set_expert(e, canonical, where, slice(start - first, stop - first))
-
-
-def _optional_leaves(
-    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], read: Read
-) -> tuple[tuple[str, ...], bool]:
-    """The optional leaves of the whole stack, and whether perm is shared.
-
-    Follows from headers and g_idx alone, of all experts, so that every process finds the same.
-    """
-    infos = [modules[name] for names in experts for name in names]
-    found = []
-    if any(may_have_zero_points(info) for info in infos):
-        found.append("zero_points")
-    if any("bias" in info.tensors for info in infos):
-        found.append("bias")
-    perms = []
-    for names in experts:
-        info, part = modules[names[0]], spec_of(modules[names[0]])
-        g_idx = group_index(info, read)
-        where = f"{_WHERE}: module {names[0]}"
-        perm = perm_from_g_idx(g_idx, k=part.k, group_size=part.group_size, where=where)
-        perms.append(perm)
-    if any(perm is not None for perm in perms):
-        found.append("perm")
-    shared = "perm" in found and all(same_perm(perm, perms[0]) for perm in perms)
-    return tuple(found), shared
-
-
-def _stored_dtype(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]]) -> DTypeLike:
-    """The one dtype of all scales; an error where one of them would be rounded to another."""
-    first = scales_of(modules[experts[0][0]])
-    for name in (name for names in experts for name in names):
-        scales = scales_of(modules[name])
-        if scales.dtype != first.dtype:
-            raise ValueError(
-                f"{_WHERE}: tensor {scales.name} is {scales.dtype}, expected {first.dtype} as "
-                f"{first.name}; pass dtype= to choose one"
-            )
-    return _SCALE_DTYPES[first.dtype]
-
-
-def check_present(
-    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], where: str
-) -> None:
-    """Raises unless every module of every expert is there; names all that are not."""
-    if not experts or not all(experts):
-        raise ValueError(
-            f"{where}: experts is {experts!r}, expected at least one module for each expert"
-        )
-    missing = {
-        e: [name for name in names if name not in modules or modules[name].kind == "other"]
-        for e, names in enumerate(experts)
-    }
-    missing = {e: names for e, names in missing.items() if names}
-    if missing:
-        first = ", ".join(next(iter(missing.values())))
-        raise ValueError(
-            f"{where}: missing experts {list(missing)} of {len(experts)}, the first lacks {first}; "
-            f"is the number of experts in config.json right, and are all shards there?"
-        )
-
-
-def all_packed(
-    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], where: str
-) -> bool:
-    """True if every module stays packed, False if none does; raises for a mixture."""
-    names = [name for names in experts for name in names]
-    dense = [name for name in names if not modules[name].is_packed]
-    if dense and len(dense) < len(names):
-        raise NotImplementedError(
-            f"{where}: {len(dense)} of {len(names)} modules are not packed, the first is {dense[0]}"
-            f" ({modules[dense[0]].kind}), expected all or none; read those with Checkpoint.dense "
-            f"and pack them with jax_marlin.quantize"
-        )
-    return not dense
-
-
-def can_fuse(
-    modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]], read: Read
-) -> bool:
-    """Whether each expert's modules agree in K, bits, group size and g_idx; see `Checkpoint`."""
-    check_present(modules, experts, "Checkpoint.can_fuse")
-    infos = [modules[name] for names in experts for name in names]
-    if not all(info.is_packed for info in infos):  # a dense weight has no permutation to differ in
-        return not any(info.is_packed for info in infos) and all(
-            len({modules[name].shape[0] for name in names}) == 1 for names in experts
-        )
-    for names in experts:
-        specs = [spec_of(modules[name]) for name in names]
-        if any(_words(spec) != _words(specs[0]) for spec in specs):
-            return False
-        first, *others = (group_index(modules[name], read) for name in names)
-        if not all(np.array_equal(first, other) for other in others):
-            return False
-    return True
-
-
-def _specs(modules: Mapping[str, ModuleInfo], experts: Sequence[Sequence[str]]) -> list[QuantSpec]:
-    """Specs of the modules of expert 0, after checking that all experts have the same."""
-    first = [spec_of(modules[name]) for name in experts[0]]
-    for part, name in zip(first, experts[0], strict=True):
-        if _words(part) != _words(first[0]):
-            raise ValueError(
-                f"{_WHERE}: module {name} has {_words(part)}, expected {_words(first[0])} as "
-                f"{experts[0][0]}; load each into a stack of its own with load_expert_stacks"
-            )
-    for e, names in enumerate(experts):
-        if len(names) != len(first):
-            raise ValueError(
-                f"{_WHERE}: expert {e} has {len(names)} modules, expected {len(first)} as expert 0"
-            )
-        for part, like, name in zip(first, experts[0], names, strict=True):
-            spec = spec_of(modules[name])
-            if spec != part:
-                raise ValueError(
-                    f"{_WHERE}: module {name} has {_words(spec)}, N={spec.n}, expected "
-                    f"{_words(part)}, N={part.n} as {like}; experts of one stack must be alike"
-                )
-    return first
-
-
-def _words(spec: QuantSpec) -> str:
-    return f"K={spec.k}, bits={spec.bits}, group_size={spec.group_size}"

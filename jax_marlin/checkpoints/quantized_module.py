@@ -8,6 +8,7 @@ import numpy as np
 
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.checkpoints.formats import FORMATS
+from jax_marlin.checkpoints.gptq import GPTQ
 from jax_marlin.checkpoints.module_format import Format, Read
 from jax_marlin.checkpoints.modules import ModuleInfo
 from jax_marlin.checkpoints.quantize_config import ModuleQuantization
@@ -77,6 +78,16 @@ def may_have_zero_points(info: ModuleInfo) -> bool:
     """Whether a packed module may be asymmetric, by its header and config."""
     stored = "qzeros" in info.tensors or "weight_zero_point" in info.tensors
     return stored and info.quantization is not None and info.quantization.symmetric is not True
+
+
+def may_reorder_rows(info: ModuleInfo) -> bool:
+    """Whether a packed module may be in act-order, by its header and config.
+
+    GPTQ modules always have a g_idx, compressed-tensors' only where it says something.
+    """
+    module_format, quantization = _format_of(info)
+    stored = module_format.g_idx in info.tensors
+    return stored and (quantization.desc_act or module_format.g_idx != GPTQ.g_idx)
 
 
 def group_index(info: ModuleInfo, read: Read) -> np.ndarray:

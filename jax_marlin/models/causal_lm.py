@@ -69,15 +69,10 @@ class CausalLM:
         Rounded up, positions divide evenly among the parts in which a GPU sums over them; XLA
         would copy the whole cache into one that is.
         """
-        c = self.config
         capacity = -(-capacity // _POSITIONS) * _POSITIONS
-
-        def zeros(head_dim: int) -> tuple[jax.Array, ...]:
-            shape = (batch, c.num_key_value_heads, capacity, head_dim)
-            return tuple(jnp.zeros(shape, self.dtype) for _ in self.layers)
-
-        keys, values = zeros(c.head_dim), zeros(c.value_head_dim)
-        return KVCache(keys, values, length=jnp.zeros((), jnp.int32))
+        shapes = [(batch, *heads, capacity, features) for *heads, features in self.config.cached]
+        layers = tuple(tuple(jnp.zeros(shape, self.dtype) for shape in shapes) for _ in self.layers)
+        return KVCache(layers, length=jnp.zeros((), jnp.int32))
 
     def extend(
         self,
@@ -125,16 +120,13 @@ class CausalLM:
         start = None if cache is None else cache.length
         x = jnp.take(self.embed_tokens, input_ids, axis=0, mode="clip")  # [batch, seq, H]
         for i, layer in enumerate(self.layers):
-            past = None if cache is None else (cache.keys[i], cache.values[i])
-            attended, keys_values = layer.self_attn(
-                rms_norm(x, layer.input_layernorm, eps), past, start
-            )
+            past = None if cache is None else cache.layers[i]
+            attended, keeps = layer.self_attn(rms_norm(x, layer.input_layernorm, eps), past, start)
             x = x + attended
             x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm, eps))
-            kept.append(keys_values)
-        keys, values = zip(*kept, strict=True)
+            kept.append(keeps)
         seq = jnp.int32(input_ids.shape[1])
-        cache = KVCache(keys, values, length=seq if start is None else start + seq)
+        cache = KVCache(tuple(kept), length=seq if start is None else start + seq)
         return rms_norm(x, self.norm, eps), cache
 
     def _hidden_of_rows(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

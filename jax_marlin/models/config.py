@@ -56,6 +56,12 @@ class DecoderConfig:
         """Features of a value head."""
         return self.head_dim
 
+    @property
+    def cached(self) -> tuple[tuple[int, ...], ...]:
+        """(heads, features) of each array that a layer keeps in a `KVCache`: keys, values."""
+        kept = (self.num_key_value_heads, self.head_dim)
+        return (kept, kept)
+
 
 def decoder_fields(
     config: Mapping[str, Any], *, rms_norm_eps: float = 1e-6, rope_theta: float = 10000.0

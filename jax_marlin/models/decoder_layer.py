@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax_marlin.models.attention import attend
 from jax_marlin.models.config import DecoderConfig
 from jax_marlin.models.layers import (
+    Kept,
     Linear,
     SideBySide,
     linear_float32,
@@ -37,8 +38,8 @@ class Attention:
     config: DecoderConfig = dataclasses.field(**_static)
 
     def __call__(
-        self, x: jax.Array, past: tuple[jax.Array, jax.Array] | None, start: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, x: jax.Array, past: Kept | None, start: jax.Array | None
+    ) -> tuple[jax.Array, Kept]:
         """x `[batch, seq, H]`, positions start and up, to the same shape; and keys, values to keep.
 
         `past` is one layer's part of a KVCache, or None to attend within x alone. `start` None is a
@@ -56,14 +57,14 @@ class Attention:
             q = scaled(q, scale[:, :, :queries], self.q_norm)
             k = scaled(k, scale[:, :, queries : queries + keys], self.k_norm)
         q, k = c.rope(q, positions), c.rope(k, positions)
-        kept = updated(past, (k, v), start)
-        return self.o_proj(self.attended(q, kept, start)), kept
+        k, v = updated(past, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)), start)
+        return self.o_proj(self.attended(q, k, v, start)), (k, v)
 
     def attended(
-        self, q: jax.Array, kept: tuple[jax.Array, jax.Array], start: jax.Array | None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None
     ) -> jax.Array:
-        """Values weighted, `[batch, seq, heads * D]`."""
-        return attend(q, *kept, start)
+        """Values weighted, `[batch, seq, heads * D]`; k and v as the cache lays them out."""
+        return attend(q, k, v, start)
 
 
 @jax.tree_util.register_dataclass

@@ -33,10 +33,10 @@ class SinkAttention(Attention):
     window: int | None = dataclasses.field(metadata={"static": True})
 
     def attended(
-        self, q: jax.Array, kept: tuple[jax.Array, jax.Array], start: jax.Array | None
+        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None
     ) -> jax.Array:
         """Values weighted, `[batch, seq, heads * head_dim]`."""
-        return attend(q, *kept, start, window=self.window, sinks=self.sinks)
+        return attend(q, k, v, start, window=self.window, sinks=self.sinks)
 
 
 def _read_config(config: Mapping[str, Any]) -> GptOssConfig:

@@ -65,36 +65,35 @@ def side_by_side(
     return jnp.concatenate([product(x, part) for part in w], axis=-1)
 
 
+# What one layer keeps of the positions read: arrays [batch, heads, positions, D], or without heads.
+Kept = tuple[jax.Array, ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-    """Keys and values of the positions read so far, at their full length from the start.
+    """What layers keep of the positions read so far, at their full length from the start.
 
     Attributes:
-        keys: for each layer `[batch, num_key_value_heads, capacity, head_dim]`, rotated. A head's
-            positions lie together, as its products with queries read them.
-        values: the same shapes; in DeepSeek's models another head_dim.
+        layers: for each layer its arrays `[batch, heads, capacity, D]`: rotated keys, and values.
+            A head's positions lie together, as its products with queries read them. In DeepSeek's
+            models latents alone, `[batch, capacity, D]`. See `config.cached`.
         length: int32, positions filled: a scalar, or `[batch]` where rows differ. What lies past
             them is never read.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    layers: tuple[Kept, ...]
     length: jax.Array
 
     @property
     def capacity(self) -> int:
         """How many positions fit."""
-        return self.keys[0].shape[2]
+        return self.layers[0][0].shape[-2]
 
     def begun(self, new: "KVCache") -> "KVCache":
         """This cache with what `new` holds, from position 0 on."""
-        keys, values = jax.tree.map(
-            lambda old, added: jax.lax.dynamic_update_slice_in_dim(old, added, 0, axis=2),
-            (self.keys, self.values),
-            (new.keys, new.values),
-        )
-        return KVCache(keys, values, new.length)
+        layers = jax.tree.map(lambda old, added: _written(old, added, 0), self.layers, new.layers)
+        return KVCache(layers, new.length)
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -118,23 +117,16 @@ def scaled(x: jax.Array, scale: jax.Array, weight: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * scale * _over_last_axis(weight, x.ndim)).astype(x.dtype)
 
 
-def updated(
-    past: tuple[jax.Array, jax.Array] | None,
-    new: tuple[jax.Array, jax.Array],
-    start: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one layer as the cache lays them out, new ones from `start` on.
-
-    `new` are `[batch, seq, kv_heads, D]`; without a cache they are all there is.
-    """
-    keys, values = (jnp.swapaxes(added, 1, 2) for added in new)
+def updated(past: Kept | None, new: Kept, start: jax.Array | None) -> Kept:
+    """What one layer keeps, `new` positions written from `start` on; alone without a cache."""
     if past is None or start is None:
-        return keys, values
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, added, start, axis=2)
-        for old, added in zip(past, (keys, values), strict=True)
-    )
-    return keys, values
+        return new
+    return tuple(_written(old, added, start) for old, added in zip(past, new, strict=True))
+
+
+def _written(old: jax.Array, added: jax.Array, start: jax.Array | int) -> jax.Array:
+    """`old [..., capacity, D]` with further positions written over it."""
+    return jax.lax.dynamic_update_slice_in_dim(old, added, start, axis=old.ndim - 2)
 
 
 def rotate(

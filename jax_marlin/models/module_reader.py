@@ -1,7 +1,7 @@
 """Reads modules of a checkpoint by name and notes which, so that a forgotten tensor is noticed."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jax_marlin.linear import MarlinLinear
 from jax_marlin.models.layers import DenseLinear, Linear, SideBySide
 from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.weights import MarlinExpertStack
+
+T = TypeVar("T")
 
 
 class ModuleReader:
@@ -51,6 +53,22 @@ class ModuleReader:
             return self._everywhere(weight)
         dense = DenseLinear(weight.T, self._checkpoint.bias(module, self._dtype))
         return self._everywhere(dense)
+
+    def dequantized(
+        self, module: str, shape: tuple[int, int], taken_apart: Callable[[jax.Array], T]
+    ) -> T:
+        """What `taken_apart` makes of a linear's weight [K, N], dequantized if it is packed.
+
+        For a weight that is multiplied otherwise than as it is stored; it must have no bias.
+        """
+        weight = self._checkpoint.load_linear(module, self._dtype)
+        self._note(module)
+        self._check_shape(module, weight.shape, shape)
+        if f"{module}.bias" in self._names:
+            raise ValueError(f"models.load: {module} has a bias, expected none in this model")
+        if isinstance(weight, MarlinLinear):
+            weight = weight.dequantize()
+        return self._everywhere(taken_apart(weight))
 
     def side_by_side(
         self, widths: Mapping[str, int], k: int, needs_bias: bool = False
@@ -139,7 +157,7 @@ class ModuleReader:
         pairs = [tuple(f"{prefix}.{e}.{name}" for name in names[:2]) for e in range(num_experts)]
         downs = [f"{prefix}.{e}.{names[2]}" for e in range(num_experts)]
         how: dict[str, Any] = {"sharding": self._sharding}
-        if self._checkpoint.can_fuse(pairs):
+        if self._checkpoint.can_fuse(pairs, self._sharding):
             gate_up = self._checkpoint.load_expert_stack(pairs, self._dtype, **how)
         else:
             gate, up = self._checkpoint.load_expert_stacks(pairs, self._dtype, **how)
