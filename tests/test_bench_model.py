@@ -97,7 +97,7 @@ def test_check_refuses_nan_and_a_cache_that_is_not_read(model):
 
     class Forgetful(type(model)):
         def extend(self, input_ids, cache, lengths=None, *, empty=False):
-            cache = dataclasses.replace(cache, keys=tuple(map(jnp.zeros_like, cache.keys)))
+            cache = dataclasses.replace(cache, layers=jax.tree.map(jnp.zeros_like, cache.layers))
             return super().extend(input_ids, cache, lengths, empty=empty)
 
     jax.tree_util.register_dataclass(
