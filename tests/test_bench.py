@@ -1,7 +1,9 @@
 """The benchmark: floors by hand, a record for each case, no time for a wrong result, its files."""
 
+import contextlib
 import json
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +261,62 @@ def test_attempt_lets_other_errors_through():
     assert humming.attempt(lambda x: x, 3) == (3, None)
     with pytest.raises(KeyboardInterrupt):
         humming.attempt(signal.raise_signal, signal.SIGINT)
+
+
+class FakeTorch:
+    """A device whose clock runs only in replays: 6 us for each call of the graph."""
+
+    def __init__(self):
+        self.cuda, self.now, self.captured = self, 0.0, None
+        self.Event = lambda enable_timing: FakeEvent(self)
+
+    def Stream(self):
+        return types.SimpleNamespace(wait_stream=lambda stream: None)
+
+    def current_stream(self):
+        return None
+
+    def synchronize(self):
+        pass
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def CUDAGraph(self):
+        return self
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.captured = []
+        yield
+
+    def run(self, call):
+        if self.captured is not None:
+            self.captured.append(call)
+
+    def replay(self):
+        self.now += 6e-3 * len(self.captured or [])
+
+
+class FakeEvent:
+    def __init__(self, torch):
+        self.torch, self.at = torch, 0.0
+
+    def record(self):
+        self.at = self.torch.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):  # milliseconds
+        return end.at - self.at
+
+
+def test_a_peers_time_is_that_of_one_call_of_replayed_graphs():
+    torch = FakeTorch()
+    assert humming._graph_microseconds(torch, torch.run, 4, 5, 3) == pytest.approx(6)
+    assert torch.captured == [0, 1, 2, 3]
+    assert torch.now == pytest.approx(6e-3 * 4 * 5 * (humming._WARM_UP + 3))
 
 
 def test_aligned_by_hand():
