@@ -1,7 +1,6 @@
 """The benchmark: floors by hand, a record for each case, no time for a wrong result, its files."""
 
 import json
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,13 @@ import pytest
 
 from jax_marlin import cli
 from jax_marlin.bench import __main__ as bench
-from jax_marlin.bench import humming, markdown, measure, problems, report
+from jax_marlin.bench import markdown, measure, problems, report, schedule
 from jax_marlin.bench.baselines import Baseline
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.floor import Ceilings, floor_microseconds
 from jax_marlin.bench.options import ceilings_of
 from jax_marlin.bench.problems import Problem, Quantization
 from jax_marlin.bench.shapes import SHAPES, select
-from jax_marlin.bench.timing import microseconds
 
 FLOAT32 = Quantization(4, 64, jnp.dtype("float32"))
 FAST = ["--calls", "2", "--runs", "1", "--bandwidth", "100", "--tflops", "2"]
@@ -93,15 +91,6 @@ def test_check_refuses_another_expert_and_nan():
         check(shape, batch, seed=2)
 
 
-def test_time_grows_with_the_work_and_calls_are_not_merged():
-    def work(x):
-        return jax.lax.fori_loop(0, 40, lambda _, y: jnp.sin(y @ y), x)
-
-    x = jnp.ones((160, 160))
-    one, many = (microseconds(work, [(x,)] * calls, runs=5) for calls in (1, 6))
-    assert many > 0.4 * one  # six merged calls would take a sixth
-
-
 def test_command_writes_records_and_plot(tmp_path, capsys):
     file, plot = tmp_path / "a.json", tmp_path / "a.png"
     argv = ["bench", "--shapes", "tiny.gate_up", "tiny.dense", "--rows", "3", "1", *FAST]
@@ -149,16 +138,39 @@ def test_baseline_runs_and_respects_memory(name, monkeypatch):
     assert Baseline(shape, FLOAT32.dtype, 5, 1).microseconds(batch, runs=1) is None
 
 
-def test_interrupted_run_prints_what_it_has(monkeypatch, capsys):
+def untimed(name, rows, **known):
+    fields = [*report._COLUMNS, "error", "humming_error", "kind", "k", "n", "best_peer"]
+    return {**dict.fromkeys(fields), "problem": name, "rows": rows, "kind": "dense", **known}
+
+
+def test_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
-        columns = [*report._COLUMNS, "error", "humming_error"]
-        yield {**dict.fromkeys(columns), "problem": "tiny.dense", "rows": 1}
+        yield untimed("tiny.dense", 1, us=2.0, share_of_floor=0.5, floor_us=1.0)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "measure", interrupted)
+    monkeypatch.setattr(schedule, "measure", interrupted)
+    file, plot, page = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.md"
+    argv = ["--shapes", "tiny.dense", "--rows", "1", "2", *FAST, "--markdown", str(page)]
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["--shapes", "tiny.dense", "--rows", "1", "2", *FAST])
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["tiny.dense", "1", "-"]
+        bench.main([*argv, "--json", str(file), "--plot", str(plot)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].split()[:4] == ["tiny.dense", "1", "-", "2.0"]
+    assert ["not_measured", "tiny.dense", "2"] in [line.split() for line in printed]
+    saved = json.loads(file.read_text())
+    assert len(saved["records"]) == 1 and saved["conditions"]["not_measured"] == "tiny.dense 2"
+    assert plot.stat().st_size > 0 and "2.0 µs, 50 %" in page.read_text()
+
+
+def test_a_run_out_of_time_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    def slow(shape, rows, *_):
+        for count in rows:
+            monkeypatch.setattr(schedule.time, "monotonic", lambda: 1e12)
+            yield untimed(shape.name, count)
+
+    monkeypatch.setattr(schedule, "measure", slow)
+    argv = ["--shapes", "tiny.dense", "dense.8192x8192", "--rows", "1", "2", *FAST]
+    assert bench.main([*argv, "--max-seconds", "60"]) == 0
+    assert "not_measured        tiny.dense 2; dense.8192x8192 1 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -182,90 +194,15 @@ def test_ceilings_are_measured():
     assert 1e8 < ceilings.bandwidth < 1e13 and 1e8 < ceilings.flops < 1e16
 
 
-class FakeHumming:
-    """A peer that computes nothing: 3 ns for 1 token, and no more than that."""
-
-    closed = 0
-
-    def __init__(self, shape, quantization, copies):
-        if shape.name == "tiny.down":
-            raise OSError("no compiler")
-        assert quantization == Quantization(4, 64, jnp.dtype("float32")) and copies == 2
-
-    def microseconds(self, batch, runs):
-        if batch.topk_ids[0].shape[0] > 1:
-            raise RuntimeError("too many rows")
-        return {"indexed": 4e-3, "grouped": 3e-3}
-
-    def close(self):
-        FakeHumming.closed += 1
-
-
-def test_peer_is_recorded_and_its_errors_are_text(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(humming, "Humming", FakeHumming)
-    monkeypatch.setattr(humming, "why_not", lambda quantization: None)
-    monkeypatch.setattr(humming, "version", lambda: "humming-kernels 0")
-    file, plot, page = tmp_path / "a.json", tmp_path / "a.png", tmp_path / "a.md"
-    page.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
-    names = ["tiny.gate_up", "tiny.down", "tiny.layer"]
-    argv = ["--shapes", *names, "--rows", "1", "3", "--group-size", "64", *FAST]
-    argv += ["--json", str(file), "--plot", str(plot), "--markdown", str(page)]
-    assert bench.main(argv) == 0
-    saved = json.loads(file.read_text())
-    records = {(r["problem"], r["rows"]): r for r in saved["records"]}
-    assert saved["conditions"]["humming"] == "humming-kernels 0"
-    one, three = records["tiny.gate_up", 1], records["tiny.gate_up", 3]
-    assert (one["humming_us"], one["humming_mode"], one["humming_error"]) == (3e-3, "grouped", None)
-    assert one["best_peer"] == min(("xla", "humming"), key=lambda peer: one[f"{peer}_us"])
-    assert one["of_best_peer"] == pytest.approx(one["best_peer_us"] / one["us"])
-    assert three["humming_us"] is None and three["humming_error"] == "RuntimeError: too many rows"
-    assert three["best_peer"] == "xla" and three["best_peer_us"] == three["xla_us"]
-    assert records["tiny.down", 3]["humming_error"] == "OSError: no compiler"
-    assert records["tiny.layer", 1]["humming_error"] is None  # Humming has no such operation
-    assert all(r["us"] > 0 and r["error"] is None for r in records.values())
-    assert "tiny.down: Humming: OSError: no compiler" in capsys.readouterr().out
-    text = page.read_text()
-    assert text.startswith(f"before\n{markdown.BEGIN}\n") and "old" not in text
-    assert text.endswith(f"{markdown.END}\nafter\n")
-    (row,) = [line for line in text.splitlines() if line.startswith("| tiny.gate_up")]
-    assert f"192 × 256, 2 of 6 experts | {one['us']:.1f} µs, " in row
-    assert plot.stat().st_size > 0 and FakeHumming.closed == 1
-
-
-def test_peers_are_left_out_when_not_asked_for_or_out_of_time(monkeypatch):
-    monkeypatch.setattr(humming, "Humming", None)  # not to be called
-    monkeypatch.setattr(measure, "Baseline", None)
-    options = measure.Options(FLOAT32, 2, 1, baseline=True, humming=True)
-    (record,) = measure.measure(SHAPES["tiny.gate_up"], [1], Ceilings(1e11, 1e12), options, 0.0)
-    assert record["us"] > 0 and record["humming_us"] is None and record["best_peer_us"] is None
-
-
-def test_why_not_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(humming.importlib.util, "find_spec", lambda name: name == "torch" or None)
-    assert humming.why_not(FLOAT32) == "humming-kernels is not installed"
-    monkeypatch.setattr(humming.importlib.util, "find_spec", lambda name: name)
-    assert humming.why_not(FLOAT32) == "JAX runs on cpu"
-
-
-def test_attempt_lets_other_errors_through():
-    assert humming.attempt(lambda x: x, 3) == (3, None)
-    with pytest.raises(KeyboardInterrupt):
-        humming.attempt(signal.raise_signal, signal.SIGINT)
-
-
-def test_aligned_by_hand():
-    slots, experts = humming.aligned(np.array([[2, 0], [2, 1], [0, 2]]), 2)
-    assert slots.tolist() == [1, 4, 3, 6, 0, 2, 5, 6] and experts.tolist() == [0, 1, 2, 2]
-
-
 def test_calls_fill_a_program_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options = measure.Options(FLOAT32, None, 1, baseline=False)
     shape, ceilings = SHAPES["deepseek-v3.gate_up"], Ceilings(3e12, 7e14)
-    # 8 experts of 14.7 MB: 39 us, 52 calls; 64: 313 us
-    assert options.calls_for(shape, 1, ceilings) == 32
-    assert options.calls_for(shape, 8, ceilings) == 7
-    assert options.calls_for(shape, 64, ceilings) == 4
+    # 8 experts of 14.7 MB: 39 us; 32: 157 us; 64: 313 us
+    assert options.calls_for(shape, 1, ceilings) == 26
+    assert options.calls_for(shape, 4, ceilings) == 7
+    assert options.calls_for(shape, 8, ceilings) == 4
+    assert options.calls_for(SHAPES["dense.4096x4096"], 1, ceilings) == 64  # 2.8 us
 
 
 def test_markdown_makes_a_file_and_refuses_one_without_markers(tmp_path, capsys):

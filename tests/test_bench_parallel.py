@@ -5,14 +5,20 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from jax_marlin.bench import parallel
 from jax_marlin.bench.collectives import bytes_sent, collectives_of
+from jax_marlin.bench.problems import Problem, Quantization
+from jax_marlin.bench.shapes import SHAPES
+from jax_marlin.bench.timing import microseconds
+from jax_marlin.sharding import shard
 
 FAST = ["--calls", "2", "--runs", "1", "--devices", "2"]
 
 
-def test_every_mode_is_checked_timed_and_counted(tmp_path, capsys):
+def test_every_mode_is_checked_timed_and_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "microseconds", lambda *_, expected_us, runs: 7 * expected_us)
     file = tmp_path / "parallel.json"
     assert parallel.main([*FAST, "--rows", "1", "4", "--json", str(file)]) == 0
     saved = json.loads(file.read_text())
@@ -24,7 +30,7 @@ def test_every_mode_is_checked_timed_and_counted(tmp_path, capsys):
     }  # fmt: skip
     for record in records.values():
         assert record["us"] > 0 and record["error"] is None and record["deviation"] < 1e-3
-        assert record["speedup"] == pytest.approx(record["one_device_us"] / record["us"])
+        assert record["speedup"] == 2 == pytest.approx(record["one_device_us"] / record["us"])
     hidden, top_k = 192, 2  # of the tiny layer; float32
     assert records["expert", 4]["bytes_sent"] == {"all-reduce": 4 * hidden * 4}
     assert records["tensor", 1]["bytes_sent"] == {"all-reduce": 1 * hidden * 4}
@@ -33,6 +39,16 @@ def test_every_mode_is_checked_timed_and_counted(tmp_path, capsys):
     }  # fmt: skip
     table = capsys.readouterr().out
     assert "tiny.layer" in table and "all-reduce 3072" in table
+
+
+def test_a_layer_over_devices_is_timed_in_a_loop():
+    mesh = jax.make_mesh((2,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:2])
+    shape, mode = SHAPES["tiny.layer"], parallel.MODES[1]
+    batch = Problem(shape, Quantization(4, 64, jnp.dtype("float32")), 2, 1).batch(2, 1)
+    operands = batch.operands[0]
+    stacks = shard(operands[3:], mesh, mode.kind, gate_up=True)
+    operation = parallel.over_devices(mesh, mode, stacks)
+    assert microseconds(operation, [(*operands[:3], *stacks)], expected_us=1, runs=1) > 0
 
 
 def test_a_wrong_result_and_a_cut_that_does_not_fit_have_no_time(monkeypatch, capsys):

@@ -46,20 +46,26 @@ def test_loose_calls_are_told_from_captured_ones():
     assert loose_calls("000: kCustomCall\ty") == ["000: kCustomCall\ty"]
 
 
-def compile_chains(folder, *options: str) -> None:
-    """Runs chains of calls in a process of its own, which writes its programs to `folder`."""
+def run_benchmark(folder, module: str, *options: str) -> str:
+    """Runs a benchmark in a process of its own, which writes its programs to `folder`."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has most of the memory
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    command = [sys.executable, "-m", "jax_marlin.bench.overhead", "--runs", "3"]
     done = subprocess.run(
-        [*command, "--calls", *map(str, CALLS), *options],
+        [sys.executable, "-m", module, "--runs", "3", *options],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert all(re.search(rf"^{op} +-?\d+\.\d\d$", done.stdout, re.MULTILINE) for op in TARGETS)
+    return done.stdout
+
+
+def compile_chains(folder, *options: str) -> None:
+    """Runs chains of calls, whose programs are written to `folder`."""
+    calls = ["--calls", *map(str, CALLS)]
+    printed = run_benchmark(folder, "jax_marlin.bench.overhead", *calls, *options)
+    assert all(re.search(rf"^{op} +-?\d+\.\d\d$", printed, re.MULTILINE) for op in TARGETS)
 
 
 def texts(folder, op: str, ending: str) -> list[str]:
@@ -94,6 +100,19 @@ def test_calls_run_inside_command_buffers(tmp_path):
         if counts != list(CALLS) or not captured:
             failures.append(f"{target} {counts} times, {written(tmp_path, op)}")
     assert not failures, "\n====\n".join(failures)
+
+
+@pytest.mark.cuda
+def test_times_are_those_of_calls_inside_command_buffers(tmp_path):
+    options = ["--shapes", "tiny.dense", "--rows", "1", "--calls", "8", "--no-baseline"]
+    options += ["--no-peers", "--bandwidth", "3000", "--tflops", "800"]
+    run_benchmark(tmp_path, "jax_marlin.bench", *options)
+    (text,) = [f.read_text() for f in tmp_path.glob("*.jit_program.*after_optimizations.txt")]
+    assert text.count(f'custom_call_target="{TARGETS["matmul"]}"') == 8
+    assert "known_trip_count" in text and not re.search(r"= u32\[\d.*\]\S* copy\(", text)
+    (after,) = tmp_path.glob("*.jit_program.*thunk_sequence_after_thunk_passes.txt")
+    thunks = after.read_text()
+    assert "kWhile" in thunks and "kCommandBuffer" in thunks and not loose_calls(thunks), thunks
 
 
 @pytest.mark.cuda

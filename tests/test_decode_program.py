@@ -14,7 +14,7 @@ from jax_marlin.models.decoding import Decoded, decode, prefill
 from jax_marlin.models.sampling import Sampling
 from jax_marlin.ops import ffi_targets
 
-LAYERS = 3  # of the tiny model
+LAYERS = 2  # of the tiny model
 BATCH, NEW_TOKENS = 2, 5
 NO_STOPS = jnp.zeros((0,), jnp.int32)
 

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from float_tensors import fp8_parts, fp8_weight
-from synthetic_checkpoints import gptq_tensors, quantization, write
+from synthetic_checkpoints import write
 from test_decode_program import BATCH, shape_of, traced
 
 from jax_marlin import DenseExpertStack, models
-from jax_marlin.checkpoints import open_checkpoint
 from jax_marlin.models.decoder_layer import DenseMlp
 from jax_marlin.models.deepseek_v3 import DeepseekMlp
 from jax_marlin.models.layers import DenseLinear
 from jax_marlin.models.loading import read_config
-from jax_marlin.models.module_reader import ModuleReader
 
 H, VOCAB, HEADS, NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 48, 50, 3, 16, 8, 12, 40, 24
 WIDE, INNER, EXPERTS, SHARED, LAYERS, BN, BK = 56, 32, 6, 2, 3, 16, 32
@@ -231,22 +229,6 @@ def test_latents_are_updated_in_place(model):
         made = set(re.findall(rf"= {re.escape(shape_of(array))}\S* (\S+?)\(", text))
         assert "parameter" in made
         assert not made & {"copy", "transpose", "concatenate", "broadcast", "select"}, made
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_packed_kv_b_proj_is_dequantized(tmp_path, bits):
-    parts, weight = gptq_tensors(1, 64, 96, bits=bits, act_order=True)
-    other = gptq_tensors(2, 64, 96, bits=bits, act_order=True, bias=True)[0]
-    path = write(tmp_path, {"a": parts, "b": other}, quantization(bits=bits, desc_act=True))
-    with open_checkpoint(path) as checkpoint:
-        reader = ModuleReader(checkpoint, jnp.dtype(jnp.float32))
-        first, last = reader.dequantized("a", (64, 96), lambda w: (w[:, :32], w[:, 32:]))
-        np.testing.assert_array_equal(first, weight[:, :32].astype(np.float32))
-        np.testing.assert_array_equal(last, weight[:, 32:].astype(np.float32))
-        with pytest.raises(ValueError, match=r"a has shape \(64, 96\), expected \(64, 80\)"):
-            reader.dequantized("a", (64, 80), lambda w: w)
-        with pytest.raises(ValueError, match="b has a bias, expected none"):
-            reader.dequantized("b", (64, 96), lambda w: w)
 
 
 def test_generate_is_greedy_without_a_cache(model):

@@ -72,7 +72,7 @@ def test_exchanging_fields(shift):
 def test_transposed_fields(bits):
     count = 32 // bits
     matrix = np.random.default_rng(bits).integers(0, 2**32, (count, 3, 5), np.uint32)
-    shifts = np.arange(0, 32, bits, np.uint32).reshape(-1, 1, 1, 1)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32).reshape(-1, 1, 1, 1)
     expected = (matrix >> shifts & np.uint32(2**bits - 1)).swapaxes(0, 1)  # [word, field, ...]
     transpose_fields(matrix, bits)
     np.testing.assert_array_equal(matrix >> shifts & np.uint32(2**bits - 1), expected)

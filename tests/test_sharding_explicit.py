@@ -63,6 +63,22 @@ def test_layer(kind, axis):
     oracle.assert_within(out, *expected(layer))
 
 
+@pytest.mark.parametrize("kind, axis", [("expert", "expert"), (("column", "row"), "tensor")])
+def test_layer_of_dense_stacks(kind, axis):
+    """Composed of single products, whose order of rows all devices know: ids alone are gathered."""
+    layer = Layer(case("dense_layer", bias=True), case("dense_down", k=128, n=192, bias=True))
+    stacks = tuple(
+        jm.DenseExpertStack(jnp.asarray(c.weights, jnp.float32), jnp.asarray(c.bias))
+        for c in (layer.gate_up, layer.down)
+    )
+    placed = jm.shard(stacks, MESH, kind, axis, gate_up=True)
+    tokens = [put(MESH, a, "data") for a in (layer.x, *layer.routes)]
+    out, found = run(jm.moe_ffn, *tokens, *placed)
+    assert jax.typeof(out).sharding.spec == P("data", None)
+    oracle.assert_within(out, *expected(layer))
+    assert {*kinds(found)} == {"all-reduce"}
+
+
 def test_an_operand_that_cannot_be_used_as_it_lies_is_refused():
     problem = case("explicit_misfit", g_idx="per_expert")
     stack = jm.shard(problem.stack(), MESH, "column", "tensor")

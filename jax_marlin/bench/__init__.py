@@ -1,4 +1,4 @@
-"""Benchmarks: each operation is checked, then timed inside one program, against this GPU's floor.
+"""Benchmarks: each operation is checked, then timed in a loop on the device, against its floor.
 
 `python -m jax_marlin.bench` or `jax-marlin bench`; `--help` lists the options.
 """

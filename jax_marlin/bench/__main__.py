@@ -14,14 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_marlin.bench import humming, markdown, report
-from jax_marlin.bench.measure import Options, measure
+from jax_marlin.bench.measure import Options
 from jax_marlin.bench.options import add_ceilings, ceilings_of, positive
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.bench.routings import ROUTINGS
+from jax_marlin.bench.schedule import Case, all_cases, listed, measure_all
 from jax_marlin.bench.shapes import SHAPES, select
 from jax_marlin.linear import compute_dtype
 
-_GPU_SETS = ("dense", "qwen3-30b", "mixtral-8x7b", "deepseek-v3")
+_GPU_SETS = ("qwen3-30b", "dense", "mixtral-8x7b", "deepseek-v3")  # what is soonest done first
 _GPU_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _CPU_SETS, _CPU_ROWS = ("tiny",), (1, 16)
 
@@ -69,15 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="float16, bfloat16 or float32 (default: bfloat16; float32 on a CPU)")
     add("--bits", type=int, choices=(4, 8), default=4, help="default: 4")
     add("--group-size", type=int, default=128, metavar="N", help="-1: one group (default: 128)")
-    add("--calls", type=positive, metavar="N", help="calls in one program (default: 32 to 4)")
-    add("--runs", type=positive, default=20, metavar="N", help="of a program (default: 20)")
+    add("--calls", type=positive, metavar="N", help="calls in one round (default: 64 to 4)")
+    add("--runs", type=positive, default=20, metavar="N", help="pairs of runs (default: 20)")
     add_ceilings(parser)
     add("--no-baseline", dest="baseline", action="store_false", help="do not time XLA")
     add("--no-peers", dest="peers", action="store_false", help="do not time Humming")
     add(
         "--max-seconds", type=positive, metavar="N",
-        help="of a run with peers, XLA among them: each problem has an equal share of it, after "
-        "which no peer is begun and only ours is timed (default: no limit)",
+        help="of the whole run: each problem has an equal share of what is left, its rows come in "
+        "the order 1, 16, 64, then the others; what does not fit is named (default: no limit)",
     )  # fmt: skip
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     add("--plot", type=pathlib.Path, metavar="FILE", help="draw time and floor (matplotlib)")
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    deadline = time.monotonic() + (args.max_seconds or math.inf)
     on_cpu = jax.default_backend() == "cpu"
     shapes = select(args.shapes or (_CPU_SETS if on_cpu else _GPU_SETS))
     rows = sorted(set(args.rows or (_CPU_ROWS if on_cpu else _GPU_ROWS)))
@@ -111,33 +113,29 @@ def _run(args: argparse.Namespace) -> int:
     conditions = report.conditions(options, ceilings, given=given)
     conditions["humming"] = humming.version() if no_humming is None else no_humming
     records: list[dict[str, Any]] = []
+    cases = all_cases(shapes, rows, options)
+    conditions["not_measured"] = listed(cases)
     try:
-        _measure_all(shapes, rows, ceilings, options, records, args, conditions)
-        if args.plot:
+        with tqdm(total=len(cases), unit="case") as bar:
+            for record in measure_all(shapes, rows, ceilings, options, deadline):
+                bar.set_description(record["problem"])
+                bar.update()
+                records.append(record)
+                records.sort(key=lambda record: cases.index(Case.of(record)))
+                left = [case for case in cases if case not in map(Case.of, records)]
+                conditions["not_measured"] = listed(left)
+                if args.json:  # after each case, for a run that is cut off
+                    report.save_json(args.json, conditions, records)
+    finally:  # an interrupted run keeps what it has
+        if args.plot and records:
             report.save_plot(args.plot, conditions, records)
-        if args.markdown:
+        if args.markdown and records:
             markdown.save(args.markdown, conditions, records)
-    finally:  # an interrupted run prints what it has
         print(report.table(conditions, records), flush=True)
     errors = sum(record["error"] is not None for record in records)
     if errors:
         print(f"jax-marlin bench: error: {errors} of {len(records)} cases failed", file=sys.stderr)
     return 1 if errors else 0
-
-
-def _measure_all(shapes, rows, ceilings, options, records, args, conditions) -> None:
-    """Appends to `records`, which it also saves after each case for a run that is cut off."""
-    share = math.inf if args.max_seconds is None else args.max_seconds / len(shapes)
-    cases = len(rows) * sum(len(options.routings_of(shape)) for shape in shapes)
-    with tqdm(total=cases, unit="case") as bar:
-        for shape in shapes:
-            bar.set_description(shape.name)
-            peers_until = time.monotonic() + share
-            for record in measure(shape, rows, ceilings, options, peers_until):
-                records.append(record)
-                bar.update()
-                if args.json:
-                    report.save_json(args.json, conditions, records)
 
 
 def _dtype(name: str | None, on_cpu: bool) -> np.dtype:

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_marlin.bench.floor import NOMINAL, floor_microseconds
 from jax_marlin.bench.problems import ROTATION_BYTES, Batch, random_key
 from jax_marlin.bench.routings import touched_experts
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
-# What one program reads, about a millisecond of a GPU: XLA may read all experts in each call, and
-# compiles each call of its products anew.
-_PROGRAM_BYTES, _FEWEST_CALLS = 4e9, 4
+# What one round reads, about as long as a round of ours: XLA may read all experts in each call,
+# and compiles each call of its products anew.
+_ROUND_BYTES, _FEWEST_CALLS = 2e9, 4
 _CPU_BYTES = 2**30  # what a benchmark may take of a machine that does not say what it has
 
 
@@ -31,6 +32,7 @@ class Baseline:
     ):
         """`fewest_rows`, `calls` and `routings`: the fewest, the most and all that is timed."""
         self.shape, self.dtype, self.weights = shape, dtype, []
+        self._longest_us = 0.0
         expert_bytes = shape.expert_weights * dtype.itemsize
         touched = expert_bytes * min(touched_experts(shape, fewest_rows, r) for r in routings)
         copies = min(calls, math.ceil(ROTATION_BYTES / touched))
@@ -59,7 +61,7 @@ class Baseline:
         if not self.weights or (ragged and spread * self.dtype.itemsize > _free_bytes()):
             return None
         stack_bytes = shape.experts * shape.expert_weights * self.dtype.itemsize
-        calls = max(_FEWEST_CALLS, math.ceil(_PROGRAM_BYTES / stack_bytes))
+        calls = max(_FEWEST_CALLS, math.ceil(_ROUND_BYTES / stack_bytes))
         batch = batch.first(calls)
         weights = [self.weights[call % len(self.weights)] for call in range(len(batch.operands))]
         if shape.kind == "layer":
@@ -75,12 +77,18 @@ class Baseline:
         else:
             operation = jnp.dot
             operands = [(o[0], *w) for o, w in zip(batch.operands, weights, strict=True)]
+        # At least what it reads and multiplies. A ragged product may take a hundred times as long;
+        # rows come in an order in which most take as long as some before them.
+        flops = shape.flops(len(batch.topk_ids[0]) if ragged else len(batch.operands[0][0]))
+        expected = max(floor_microseconds(stack_bytes, flops, NOMINAL)[0], self._longest_us)
         try:
-            return microseconds(operation, operands, runs=runs)
+            us = microseconds(operation, operands, expected_us=expected, runs=runs)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return None
+        self._longest_us = max(self._longest_us, us)
+        return us
 
 
 def _layer(x, topk_ids, topk_weights, gate_up, down):

@@ -39,9 +39,10 @@ def check(shape: Shape, batch: Batch, seed: int) -> float:
     rows = rng.choice(result.shape[0], count, replace=False)
     columns = rng.choice(result.shape[1], min(_COLUMNS, result.shape[1]), replace=False)
     expected = np.stack([_row(shape, batch, int(row), columns) for row in rows])
-    if not bool(jnp.isfinite(result).all()):
+    finite, got = _sampled(result, rows, columns)
+    if not finite:
         raise WrongResultError(f"{shape.name}: the result has elements that are not finite")
-    got = np.asarray(result[rows][:, columns], np.float64)
+    got = np.asarray(got, np.float64)
     rms = float(np.sqrt(np.mean(expected**2)))
     error = np.abs(got - expected)
     # One rounding of the result, and roundings of weights or activations that average out.
@@ -52,6 +53,12 @@ def check(shape: Shape, batch: Batch, seed: int) -> float:
             f"result's root mean square, expected about {epsilon:.1g}; not timed"
         )
     return float(error.max() / rms)
+
+
+@jax.jit  # one program in place of several for each size of result
+def _sampled(result: jax.Array, rows, columns) -> tuple[jax.Array, jax.Array]:
+    """Whether all elements are finite, and some of them."""
+    return jnp.isfinite(result).all(), result[rows[:, None], columns]
 
 
 def _row(shape: Shape, batch: Batch, row: int, columns: np.ndarray) -> np.ndarray:

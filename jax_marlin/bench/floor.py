@@ -25,6 +25,9 @@ class Ceilings:
     flops: float
 
 
+NOMINAL = Ceilings(bandwidth=3.35e12, flops=9.9e14)  # of an H100, by its data sheet
+
+
 def floor_microseconds(num_bytes: float, flops: float, ceilings: Ceilings) -> tuple[float, str]:
     """The larger of the two times, and which it is.
 
@@ -44,7 +47,8 @@ def measure_bandwidth() -> float:
     """Bytes/s of a sum over an array far larger than any cache."""
     side = 4096 if jax.default_backend() == "cpu" else 16384  # 64 MiB, 1 GiB
     array = jnp.ones((side, side), jnp.float32)
-    us = microseconds(lambda a: jnp.sum(a, axis=1), [(array,)] * _CALLS)
+    expected, _ = floor_microseconds(array.nbytes, 0, NOMINAL)
+    us = microseconds(lambda a: jnp.sum(a, axis=1), [(array,)] * _CALLS, expected_us=expected)
     return array.nbytes / us * 1e6
 
 
@@ -53,5 +57,6 @@ def measure_flops(dtype: DTypeLike) -> float:
     side = 512 if jax.default_backend() == "cpu" else 8192
     # Random values: constant ones draw less power, and clocks rise.
     a, b = (jax.random.normal(key, (side, side), dtype) for key in jax.random.split(random_key(0)))
-    us = microseconds(jnp.dot, [(a, b)] * _CALLS)
-    return 2 * side**3 / us * 1e6
+    flops = 2 * side**3
+    expected, _ = floor_microseconds(0, flops, NOMINAL)
+    return flops / microseconds(jnp.dot, [(a, b)] * _CALLS, expected_us=expected) * 1e6

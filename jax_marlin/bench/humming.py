@@ -1,8 +1,9 @@
 """A peer for the same problem: Humming's INT4 products, if its package and torch are installed.
 
-Its time is that of a replayed CUDA graph of the calls that `timing` puts into one program. Its
-result is checked, loosely: against its own weights before it quantized them, to a quarter of the
-result's root mean square (rounding normal numbers to 4 bits takes about a ninth), which tells a
+Its time is that of a CUDA graph of the calls that `timing` puts into the body of a loop, replayed
+as often as that loop goes round, between two events of the device: as there, no host is waited for.
+Its result is checked, loosely: against its own weights before it quantized them, to a quarter of
+the result's root mean square (rounding normal numbers to 4 bits takes about a ninth), which tells a
 product that is driven wrongly from one that is not. Humming runs in this process: a fault in its
 kernels ends the run, and its memory is what JAX leaves.
 """
@@ -21,6 +22,7 @@ import numpy as np
 
 from jax_marlin.bench.problems import Batch, Quantization
 from jax_marlin.bench.shapes import Shape
+from jax_marlin.bench.timing import rounds_for
 
 # What a peer may raise without an end to the run: torch's errors are RuntimeErrors, a compiler that
 # fails or is missing is the next two, the rest comes from arguments that another version refuses.
@@ -94,8 +96,13 @@ class Humming:
         self.layers.clear()
         _torch().cuda.empty_cache()
 
-    def microseconds(self, batch: Batch, runs: int) -> dict[str, float]:
+    def microseconds(self, batch: Batch, expected_us: float, runs: int) -> dict[str, float]:
         """The time of one call by each way of calling it ("dense"; "indexed", "grouped").
+
+        Args:
+            batch: our calls.
+            expected_us: microseconds that one takes at least.
+            runs: of which the median counts.
 
         Raises:
             ValueError: a result is far from the product with the unquantized weights.
@@ -113,7 +120,8 @@ class Humming:
                 return self.layers[call % len(self.layers)](**calls[call])
 
             self._check(mode, run(0), x, batch.topk_ids[0])
-            times[mode] = _graph_microseconds(torch, run, len(calls), runs)
+            replays = rounds_for(len(calls), expected_us)
+            times[mode] = _graph_microseconds(torch, run, len(calls), replays, runs)
         return times
 
     def _indexed(self, x, batch: Batch) -> list[dict[str, Any]]:
@@ -189,8 +197,10 @@ def aligned(ids: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(slots).astype(np.int32), np.array(experts, np.int32)
 
 
-def _graph_microseconds(torch, run: Callable[[int], Any], calls: int, runs: int) -> float:
-    """The median time of one call over replays of a CUDA graph of all calls."""
+def _graph_microseconds(
+    torch, run: Callable[[int], Any], calls: int, replays: int, runs: int
+) -> float:
+    """The median over runs of one call's time, in replays of a CUDA graph of all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles what a graph could not capture
@@ -205,10 +215,11 @@ def _graph_microseconds(torch, run: Callable[[int], Any], calls: int, runs: int)
     for _ in range(_WARM_UP + runs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        for _ in range(replays):
+            graph.replay()
         end.record()
         end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / calls)  # from milliseconds
+        samples.append(start.elapsed_time(end) * 1e3 / (replays * calls))  # from milliseconds
     return statistics.median(samples[_WARM_UP:])
 
 

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_ROWS = (1, 16, 64)  # the columns, where they were measured
+ROWS = (1, 16, 64)  # the columns, where they were measured
 _PEERS = {"xla": "XLA", "humming": "Humming"}
 
 
@@ -21,7 +21,7 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """
     records = [record for record in records if record["routing"] in (None, "uniform")]
     measured = sorted({record["rows"] for record in records})
-    columns = [rows for rows in _ROWS if rows in measured] or measured[:3]
+    columns = [rows for rows in ROWS if rows in measured] or measured[:3]
     cells = {(record["problem"], record["rows"]): _cell(record) for record in records}
     sizes = {record["problem"]: _size(record) for record in records}
     heads = [f"{rows} token{'s' if rows > 1 else ''}" for rows in columns]

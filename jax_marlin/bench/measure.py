@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +11,16 @@ from jax_marlin.bench import humming
 from jax_marlin.bench.baselines import Baseline
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.floor import Ceilings, floor_microseconds
+from jax_marlin.bench.markdown import ROWS
 from jax_marlin.bench.problems import Batch, Problem, Quantization
 from jax_marlin.bench.routings import touched_experts
 from jax_marlin.bench.shapes import Shape
 from jax_marlin.bench.timing import microseconds
 
-# A program of our calls takes about this long, by the floor: 200 times what its start varies by.
-_PROGRAM_MICROSECONDS = 2000
-_CALLS = (4, 32)  # fewest, most
+# What a round of calls takes by the floor, where calls suffice: beside it, the few microseconds
+# between one round and the next count for little.
+_ROUND_MICROSECONDS = 1000
+_CALLS = (4, 64)  # fewest, most
 _PEERS = ("xla", "humming")
 
 
@@ -29,7 +30,7 @@ class Options:
 
     Attributes:
         quantization: of all weights.
-        calls: calls in one program; None: see `calls_for`.
+        calls: calls in one round of a program's loop; None: see `calls_for`.
         runs: runs of a program, of which the median counts.
         baseline: time XLA, too.
         humming: time Humming, too, where it has such an operation.
@@ -50,7 +51,7 @@ class Options:
     def calls_for(
         self, shape: Shape, rows: int, ceilings: Ceilings, routing: str | None = "uniform"
     ) -> int:
-        """Calls in the program for `rows` tokens: fewer where they are long."""
+        """Calls in a round for `rows` tokens: fewer where they are long."""
         if self.calls is not None:
             return self.calls
         if jax.default_backend() == "cpu":
@@ -58,54 +59,52 @@ class Options:
         weights = touched_experts(shape, rows, routing) * shape.expert_weights
         num_bytes = weights * self.quantization.bits / 8
         floor_us, _ = floor_microseconds(num_bytes, shape.flops(rows), ceilings)
-        return min(max(_CALLS[0], math.ceil(_PROGRAM_MICROSECONDS / floor_us)), _CALLS[1])
+        return min(max(_CALLS[0], math.ceil(_ROUND_MICROSECONDS / floor_us)), _CALLS[1])
 
 
 def measure(
-    shape: Shape,
-    rows: Sequence[int],
-    ceilings: Ceilings,
-    options: Options,
-    peers_until: float = math.inf,
-) -> Iterator[dict[str, Any]]:
-    """Yields a record (see `_record`) for each routing and number of rows.
+    shape: Shape, rows: Sequence[int], ceilings: Ceilings, options: Options
+) -> Generator[dict[str, Any], None, None]:
+    """Yields a record (see `_record`) for each number of rows and routing.
 
-    A wrong result is not timed: its record has an `error` and no times. What the device refuses
-    (too little memory, say) is an `error`, too, in place of the times that it prevented. What is
-    wrong with Humming is text, `humming_error`. After `peers_until` (of `time.monotonic`), no peer
-    is timed.
+    The numbers of rows that a table shows come first, then the others, fewest first, so that a run
+    that is ended early has measured what is asked for most. A wrong result is not timed: its record
+    has an `error` and no times. What the device refuses (too little memory, say) is an `error`,
+    too, in place of the times that it prevented. What is wrong with Humming is text,
+    `humming_error`.
     """
     routings = options.routings_of(shape)
-    cases = [(routing, count) for routing in routings for count in rows]
+    in_order = sorted(rows, key=lambda count: (count not in ROWS, count))
+    cases = [(routing, count) for count in in_order for routing in routings]
     calls_for = {(r, count): options.calls_for(shape, count, ceilings, r) for r, count in cases}
     calls = max(calls_for.values())
     problem = Problem(shape, options.quantization, min(rows), calls, routings)
     baseline = peer = peer_error = None
-    if options.humming and shape.kind != "layer" and time.monotonic() < peers_until:
+    if options.humming and shape.kind != "layer":
         peer, peer_error = humming.attempt(
             humming.Humming, shape, options.quantization, problem.copies
         )
-    if options.baseline and time.monotonic() < peers_until:
+    if options.baseline:
         baseline = Baseline(shape, options.quantization.dtype, min(rows), calls, routings)
-    for routing, count in cases:
-        batch = problem.batch(count, calls_for[routing, count], routing)
-        record = _record(shape, count, routing, batch, ceilings)
-        record["humming_error"] = peer_error
-        try:
-            record["deviation"] = check(shape, batch, seed=count)
-            record |= _times(
-                record, microseconds(batch.operation, batch.operands, runs=options.runs)
-            )
-            if baseline is not None and time.monotonic() < peers_until:
-                record["xla_us"] = baseline.microseconds(batch, options.runs)
-            if peer is not None and time.monotonic() < peers_until:
-                record |= _humming_times(peer, batch, options.runs)
-            record |= _best_peer(record)
-        except (WrongResultError, jax.errors.JaxRuntimeError) as error:
-            record["error"] = str(error)
-        yield record
-    if peer is not None:
-        peer.close()
+    try:
+        for routing, count in cases:
+            batch = problem.batch(count, calls_for[routing, count], routing)
+            record = _record(shape, count, routing, batch, ceilings)
+            record["humming_error"] = peer_error
+            try:
+                record["deviation"] = check(shape, batch, seed=count)
+                record |= _times(record, batch, options.runs)
+                if baseline is not None:
+                    record["xla_us"] = baseline.microseconds(batch, options.runs)
+                if peer is not None:
+                    record |= _humming_times(peer, record, batch, options.runs)
+                record |= _best_peer(record)
+            except (WrongResultError, jax.errors.JaxRuntimeError) as error:
+                record["error"] = str(error)
+            yield record
+    finally:
+        if peer is not None:
+            peer.close()
 
 
 def _record(
@@ -144,7 +143,9 @@ def _record(
     }
 
 
-def _times(record: dict[str, Any], us: float) -> dict[str, float]:
+def _times(record: dict[str, Any], batch: Batch, runs: int) -> dict[str, float]:
+    expected = record["floor_us"]
+    us = microseconds(batch.operation, batch.operands, expected_us=expected, runs=runs)
     return {
         "us": us,
         "share_of_floor": record["floor_us"] / us,
@@ -153,8 +154,10 @@ def _times(record: dict[str, Any], us: float) -> dict[str, float]:
     }
 
 
-def _humming_times(peer: humming.Humming, batch: Batch, runs: int) -> dict[str, Any]:
-    times, error = humming.attempt(peer.microseconds, batch, runs)
+def _humming_times(
+    peer: humming.Humming, record: dict[str, Any], batch: Batch, runs: int
+) -> dict[str, Any]:
+    times, error = humming.attempt(peer.microseconds, batch, record["floor_us"], runs)
     if error is not None:
         return {"humming_error": error}
     mode = min(times, key=times.get)

@@ -38,7 +38,9 @@ _COLUMNS = {
     "floor_tokens_per_s": ("floor tokens/s", "{:,.0f}"),
     "cache_gb": ("cache GB", "{:.2f}"),
     "peak_gb": ("peak GB", "{:.2f}"),
+    "error": ("error", "{}"),
 }
+_WIDTH = 8  # of a column, at least
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", choices=CONFIGS, help="default: qwen3-30b; tiny on a CPU")
-    add("--batch", nargs="+", type=positive, metavar="N", help="default: 1 4 16 32")
+    add(
+        "--batch", nargs="+", type=positive, metavar="N", default=[1, 4, 16, 32],
+        help="sequences decoded at once, one model for all of them (default: 1 4 16 32)",
+    )  # fmt: skip
     add(
         "--context", nargs="+", type=positive, metavar="N", default=[128, 2048],
         help="positions in the cache when decoding begins (default: 128 2048)",
@@ -93,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
     ceilings, given = ceilings_of(args, dtype)
     name = args.model or ("tiny" if on_cpu else "qwen3-30b")
     model = random_model(name, quantization, quantized_lm_head=args.quantized_lm_head)
-    conditions = report.environment(quantization, ceilings, given=given) | {
+    conditions = report.environment(quantization)
+    conditions |= report.floor_of(ceilings, given=given) | {
         "model": f"{name}, random weights, lm_head {'packed' if args.quantized_lm_head else dtype}",
         "model_gb": round(jax.block_until_ready(model).nbytes / 1e9, 3),
         "method": f"median of {args.runs} runs; decode: {args.new_tokens} greedy tokens in one "
@@ -101,32 +107,62 @@ def _run(args: argparse.Namespace) -> int:
         "routing reaches), keys and values read once, or the flops",
     }
     conditions |= check_model(model)
+    headings = [heading for heading, _ in _COLUMNS.values()]
+    widths = [max(_WIDTH, len(heading)) for heading in headings]
+    print(*report.header(conditions), report.line(headings, widths), sep="\n", flush=True)
     records: list[dict[str, Any]] = []
-    try:
-        for record in _measure(model, ceilings, args):
-            records.append(record)
-            if args.json:
-                report.save_json(args.json, conditions, records)
-    finally:  # an interrupted run prints what it has
-        print(report.aligned(conditions, records, _COLUMNS), flush=True)
-    return 0
+    for record in _measure(model, ceilings, args):
+        # At once, for a run that is cut off.
+        print(report.line(report.cells(record, _COLUMNS), widths), flush=True)
+        records.append(record)
+        if args.json:
+            report.save_json(args.json, conditions, records)
+    return int(any(record["error"] is not None for record in records))
 
 
 def _measure(
     model: CausalLM, ceilings: Ceilings, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Yields a record for the prompt, then one for each context and batch."""
-    start = _started(model, 1, args.prompt, 1)
-    seconds = _median(lambda d: _prefilled(model, d, args.prompt), start, args.runs)
-    flops = prefill_flops(model, 1, args.prompt) / ceilings.flops
-    floor = max(flops, weight_bytes(model, args.prompt) / ceilings.bandwidth)
-    yield _record("prefill", 1, args.prompt, args.prompt, seconds, floor, model)
-    for context in args.context:
-        for batch in args.batch or (1, 4, 16, 32):
-            yield _decode_record(model, batch, context, ceilings, args)
+    """Yields a record for the prompt, then one for each context and batch.
+
+    What a batch asks of the device in vain (memory, say) is the `error` of its record.
+    """
+    cases = [("prefill", 1, args.prompt)]
+    cases += [("decode", batch, context) for context in args.context for batch in args.batch]
+    for phase, batch, context in cases:
+        jax.clear_caches()  # programs of other shapes, which hold memory
+        try:
+            if phase == "prefill":
+                seconds, floor, tokens = _prefill(model, context, ceilings, args)
+            else:
+                seconds, floor, tokens = _decode(model, batch, context, ceilings, args)
+        except jax.errors.JaxRuntimeError as error:
+            yield _record(phase, batch, context, model) | {"error": str(error).splitlines()[0]}
+            continue
+        yield _record(phase, batch, context, model) | {
+            "ms": seconds * 1e3,
+            "floor_ms": floor * 1e3,
+            "share_of_floor": floor / seconds,
+            "tokens_per_s": tokens / seconds,
+            "floor_tokens_per_s": tokens / floor,
+        }
 
 
-def _decode_record(model, batch: int, context: int, ceilings: Ceilings, args) -> dict[str, Any]:
+def _prefill(
+    model: CausalLM, context: int, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[float, float, int]:
+    """Seconds, the least of them, and tokens of a prompt."""
+    start = _started(model, 1, context, 1)
+    seconds = _median(lambda d: _prefilled(model, d, context), start, args.runs)
+    flops = prefill_flops(model, 1, context) / ceilings.flops
+    floor = max(flops, weight_bytes(model, context) / ceilings.bandwidth)
+    return seconds, floor, context
+
+
+def _decode(
+    model: CausalLM, batch: int, context: int, ceilings: Ceilings, args: argparse.Namespace
+) -> tuple[float, float, int]:
+    """Seconds, the least of them, and tokens of one step."""
     steps = args.new_tokens
     # Random keys and values take as long to read as those of a prompt, and no time to come by.
     start = _started(model, batch, context, 1 + steps)
@@ -139,7 +175,7 @@ def _decode_record(model, batch: int, context: int, ceilings: Ceilings, args) ->
 
     seconds = _median(run, start, args.runs) / steps
     read = weight_bytes(model, batch) + cache_bytes(model, batch, context + steps / 2)
-    return _record("decode", batch, context, batch, seconds, read / ceilings.bandwidth, model)
+    return seconds, read / ceilings.bandwidth, batch
 
 
 def _started(model: CausalLM, batch: int, context: int, new_tokens: int) -> Decoded:
@@ -184,22 +220,22 @@ def _median(run: Callable[[Decoded], Decoded], decoded: Decoded, runs: int) -> f
     return statistics.median(samples[2:])
 
 
-def _record(
-    phase: str, batch: int, context: int, tokens: int, seconds: float, floor: float, model: CausalLM
-) -> dict[str, Any]:
+def _record(phase: str, batch: int, context: int, model: CausalLM) -> dict[str, Any]:
+    """A record whose times are still missing."""
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")  # a CPU has no such number
     return {
         "phase": phase,
         "batch": batch,
         "context": context,
-        "ms": seconds * 1e3,
-        "floor_ms": floor * 1e3,
-        "share_of_floor": floor / seconds,
-        "tokens_per_s": tokens / seconds,
-        "floor_tokens_per_s": tokens / floor,
+        "ms": None,
+        "floor_ms": None,
+        "share_of_floor": None,
+        "tokens_per_s": None,
+        "floor_tokens_per_s": None,
         "cache_gb": cache_bytes(model, batch, context) / 1e9,
-        "peak_gb": None if peak is None else peak / 1e9,
+        "peak_gb": None if peak is None else peak / 1e9,  # of the process until now
+        "error": None,
     }
 
 

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_marlin.bench.check import WrongResultError, check
 from jax_marlin.bench.collectives import bytes_sent
+from jax_marlin.bench.floor import NOMINAL, floor_microseconds
 from jax_marlin.bench.problems import Batch, Problem, Quantization
 from jax_marlin.bench.shapes import Shape, select
 from jax_marlin.bench.timing import microseconds
@@ -62,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--devices", type=int, default=len(jax.devices()), help="default: all")
     add("--dtype", default="float32" if on_cpu else "bfloat16")
     add("--group-size", type=int, default=64 if on_cpu else 128)
-    add("--calls", type=int, default=8, help="calls in one program (default: 8)")
-    add("--runs", type=int, default=20, help="of a program (default: 20)")
+    add("--calls", type=int, default=8, help="calls in one round (default: 8)")
+    add("--runs", type=int, default=20, help="pairs of runs (default: 20)")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     args = parser.parse_args(argv)
     if not 1 < args.devices <= len(jax.devices()):
@@ -89,8 +90,12 @@ def measure(
     """A record for each mode and number of rows; `error` says why one has no time."""
     problem = Problem(shape, quantization, min(rows), calls)
     batches = {count: problem.batch(count, calls) for count in rows}
+    expected = {
+        count: floor_microseconds(batch.touched_bytes(), shape.flops(count), NOMINAL)[0]
+        for count, batch in batches.items()
+    }
     alone = {
-        count: microseconds(batch.operation, batch.operands, runs=runs)
+        count: microseconds(batch.operation, batch.operands, expected_us=expected[count], runs=runs)
         for count, batch in batches.items()
     }
     for mode in MODES:
@@ -111,7 +116,8 @@ def measure(
             }  # fmt: skip
             if operation is not None and placed is not None:
                 try:
-                    record |= _measured(shape, batch, mesh, mode, operation, placed, runs)
+                    least = expected[count] / mesh.size
+                    record |= _measured(shape, batch, mesh, mode, operation, placed, least, runs)
                     record["speedup"] = alone[count] / record["us"]
                 except (WrongResultError, ValueError, jax.errors.JaxRuntimeError) as error:
                     record["error"] = str(error).splitlines()[0]
@@ -129,7 +135,9 @@ def over_devices(mesh: Mesh, mode: Mode, stacks: tuple) -> Callable[..., jax.Arr
     )
 
 
-def _measured(shape, batch: Batch, mesh, mode: Mode, operation, placed, runs) -> dict[str, Any]:
+def _measured(
+    shape, batch: Batch, mesh, mode: Mode, operation, placed, expected_us: float, runs: int
+) -> dict[str, Any]:
     tokens = PartitionSpec(_AXIS) if mode.own_tokens else PartitionSpec()
     lies = NamedSharding(mesh, tokens)
     operands = [
@@ -149,7 +157,7 @@ def _measured(shape, batch: Batch, mesh, mode: Mode, operation, placed, runs) ->
             f"{difference.max() / rms:.2g} of its root mean square; not timed"
         )
     return {
-        "us": microseconds(operation, operands, runs=runs),
+        "us": microseconds(operation, operands, expected_us=expected_us, runs=runs),
         "bytes_sent": bytes_sent(compiled.as_text() or ""),
         "deviation": deviation,
     }
@@ -159,9 +167,10 @@ def _report(args: argparse.Namespace, records: list[dict[str, Any]]) -> dict[str
     conditions = {
         "devices": [device.device_kind for device in jax.devices()[: args.devices]],
         "jax": jax.__version__, "dtype": args.dtype, "bits": 4, "group_size": args.group_size,
-        "method": f"median of {args.runs} runs of programs of {args.calls} calls, queued behind "
-        "each other; weights rotated past L2; bytes that a device sends in "
-        "one call, of a ragged all-to-all the most",
+        "method": f"{args.calls} calls one after the other in a loop inside one jitted program, "
+        "weights rotated past L2; what longer runs of it take more than shorter ones (median of "
+        f"{args.runs} pairs, fewer where they take long); bytes that a device sends in one call, "
+        "of a ragged all-to-all the most",
     }  # fmt: skip
     return {"conditions": conditions, "records": records}
 

@@ -27,7 +27,7 @@ _QWEN3_MOE = {
 # name -> config.json
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": _QWEN3_MOE | {
-        "vocab_size": 512, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 3,
+        "vocab_size": 512, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8,
         "num_experts_per_tok": 2, "moe_intermediate_size": 64, "max_position_embeddings": 4096,
     },

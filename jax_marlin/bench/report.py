@@ -36,26 +36,21 @@ _COLUMNS = {
 
 
 def conditions(options: Options, ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
-    """What the times of operations depend on; see `environment` for the arguments."""
+    """What the times of operations depend on; see `floor_of` for the arguments."""
     return {
-        **environment(options.quantization, ceilings, given=given),
-        "method": f"median of {options.runs} runs of programs of several calls, queued behind "
-        "each other; weights and routings rotated past L2; moe: aligned "
-        "before; layer: aligned inside; floor: packed weights read once, or the flops; Humming: "
-        "median of as many replays of a CUDA graph of the calls; of best peer: its time over ours",
+        **environment(options.quantization),
+        **floor_of(ceilings, given=given),
+        "method": "calls one after the other in a loop inside one jitted program, weights and "
+        "routings rotated past L2; what longer runs of it take more than shorter ones, so no start "
+        f"of a program (ours and XLA's; median of {options.runs} pairs of runs, fewer where they "
+        "take long); Humming: as many calls in a CUDA graph, replayed without a pause between two "
+        "events, no host time either; moe: aligned before; layer: aligned inside; floor: packed "
+        "weights read once, or the flops; of best peer: its time over ours",
     }
 
 
-def environment(
-    quantization: Quantization, ceilings: Ceilings, *, given: Collection[str]
-) -> dict[str, Any]:
-    """The device, the versions and the weights' format.
-
-    Args:
-        quantization: of the weights.
-        ceilings: of the device.
-        given: the ceilings ("bandwidth", "flops") that were not measured in this run.
-    """
+def environment(quantization: Quantization) -> dict[str, Any]:
+    """The device, the versions and the weights' format."""
     from jax_marlin import __version__
 
     device = jax.devices()[0]
@@ -70,6 +65,17 @@ def environment(
         "dtype": str(quantization.dtype),
         "bits": quantization.bits,
         "group_size": quantization.group_size,
+    }
+
+
+def floor_of(ceilings: Ceilings, *, given: Collection[str]) -> dict[str, Any]:
+    """The ceilings that floors follow from.
+
+    Args:
+        ceilings: of the device.
+        given: those ("bandwidth", "flops") that were not measured in this run.
+    """
+    return {
         "floor_gb_per_s": round(ceilings.bandwidth / 1e9, 3),
         "floor_tflops": round(ceilings.flops / 1e12, 4),
         "floor_from": ", ".join(
@@ -105,18 +111,27 @@ def aligned(
         records: with a value, or None, for each column.
         columns: key of a record -> (heading, format).
     """
-    header = [f"{name:<20}{'-' if value is None else value}" for name, value in conditions.items()]
-    rows = [[heading for heading, _ in columns.values()]]
-    for record in records:
-        rows.append([
-            "-" if record[name] is None else text.format(record[name])
-            for name, (_, text) in columns.items()
-        ])  # fmt: skip
+    rows = [[heading for heading, _ in columns.values()], *(cells(r, columns) for r in records)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    return "\n".join([*header(conditions), *(line(row, widths) for row in rows)])
+
+
+def header(conditions: dict[str, Any]) -> list[str]:
+    """A line for each condition, and an empty one."""
+    return [*(f"{name:<20}{'-' if v is None else v}" for name, v in conditions.items()), ""]
+
+
+def cells(record: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[str]:
+    """A record's values as text; `columns` as in `aligned`."""
+    return [
+        "-" if record[name] is None else text.format(record[name])
+        for name, (_, text) in columns.items()
     ]
-    return "\n".join([*header, "", *lines])
+
+
+def line(cells: list[str], widths: list[int]) -> str:
+    """The first cell to the left, the others to the right."""
+    return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
 
 
 def save_json(

@@ -118,7 +118,7 @@ def scaled(x: jax.Array, scale: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def updated(past: Kept | None, new: Kept, start: jax.Array | None) -> Kept:
-    """What one layer keeps, with `new` positions from `start` on; new ones alone without a cache."""
+    """What one layer keeps, `new` positions written from `start` on; alone without a cache."""
     if past is None or start is None:
         return new
     return tuple(_written(old, added, start) for old, added in zip(past, new, strict=True))
