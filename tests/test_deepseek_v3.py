@@ -223,7 +223,7 @@ def test_cache_holds_latents_that_all_heads_share(model):
 
 def test_latents_are_updated_in_place(model):
     """In the decoding loop no cache is copied, nor a head's part of kv_b_proj rearranged."""
-    text = traced(model).lower().compile().as_text()
+    text = traced(model).lower().compile().as_text() or ""
     heads = model.layers[0].self_attn.kv_b_proj
     for array in (model.empty_cache(BATCH, 40).layers[0][0], heads.keys, heads.values):
         made = set(re.findall(rf"= {re.escape(shape_of(array))}\S* (\S+?)\(", text))
