@@ -187,7 +187,14 @@ def read_latent_attention(reader: ModuleReader, c: LatentConfig, prefix: str) ->
 
 def _product(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Summed in float32, returned in x's dtype."""
-    product = jnp.einsum(
-        subscripts, x, weight, precision=exact(x.dtype), preferred_element_type=jnp.float32
-    )
-    return product.astype(x.dtype)
+
+    def summed(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            subscripts, x, weight, precision=exact(x.dtype), preferred_element_type=jnp.float32
+        )
+
+    def summed_wide(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return summed(x.astype(jnp.float32), weight.astype(jnp.float32))
+
+    # XLA's CPU takes 16-bit products with float32 sums in some orders of axes only.
+    return jax.lax.platform_dependent(x, weight, cpu=summed_wide, default=summed).astype(x.dtype)

@@ -59,15 +59,22 @@ class ModuleReader:
     ) -> T:
         """What `taken_apart` makes of a linear's weight [K, N], dequantized if it is packed.
 
-        For a weight that is multiplied otherwise than as it is stored; it must have no bias.
+        For a weight that is multiplied otherwise than as it is stored; its bias, which some writers
+        add to every linear, must be zero.
         """
         weight = self._checkpoint.load_linear(module, self._dtype)
         self._note(module)
         self._check_shape(module, weight.shape, shape)
-        if f"{module}.bias" in self._names:
-            raise ValueError(f"models.load: {module} has a bias, expected none in this model")
         if isinstance(weight, MarlinLinear):
+            bias = weight.stack.bias if weight.bias is None else weight.bias
             weight = weight.dequantize()
+        else:
+            bias = self._checkpoint.bias(module, self._dtype)
+        if bias is not None and np.asarray(bias).any():
+            raise ValueError(
+                f"models.load: {module} has a bias that is not zero, expected none in this model; "
+                "look whether config.json names another model, or remove the tensor"
+            )
         return self._everywhere(taken_apart(weight))
 
     def side_by_side(
