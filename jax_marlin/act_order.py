@@ -143,9 +143,12 @@ def _take_columns(stack: MarlinExpertStack, columns: np.ndarray) -> MarlinExpert
         if leaf is None:
             return None
         out = np.empty(leaf.shape, leaf.dtype)
+        sharding = getattr(leaf, "sharding", None)
+        # An expert at a time; of a leaf that an explicit mesh has cut JAX takes none by its index.
+        held = leaf if sharding is None or sharding.num_devices == 1 else np.asarray(leaf)
         for expert, order in enumerate(columns):
-            out[expert] = permute(np.asarray(leaf[expert]), order)
-        return jax.device_put(out, getattr(leaf, "sharding", None))
+            out[expert] = permute(np.asarray(held[expert]), order)
+        return jax.device_put(out, sharding)
 
     return dataclasses.replace(
         stack,

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gptq_tensors import random_tensors, stacked
+from jax.sharding import AxisType
 
 from jax_marlin.act_order import fold_act_order, perm_from_g_idx
 from jax_marlin.gptq import load_gptq_stacked
+from jax_marlin.sharding import shard
 
 E, H, I = 3, 64, 96  # I is off the tile, so that up starts inside one
 
@@ -117,6 +119,14 @@ def test_host_leaves_are_accepted():
     on_host = jax.tree.map(np.asarray, (gate_up, down))
     folded, _ = fold_act_order(*on_host)
     np.testing.assert_array_equal(folded.qweight, fold_act_order(gate_up, down)[0].qweight)
+
+
+def test_experts_of_several_devices_stay_on_them():
+    mesh = jax.make_mesh((E,), ("experts",), (AxisType.Explicit,), devices=jax.devices()[:E])
+    stacks = layer()
+    folded, _ = fold_act_order(*shard(stacks, mesh, "expert", "experts"))
+    assert folded.qweight.sharding.spec[0] == "experts"
+    np.testing.assert_array_equal(folded.qweight, fold_act_order(*stacks)[0].qweight)
 
 
 def test_bad_layers_are_refused_by_name():
