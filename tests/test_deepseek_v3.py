@@ -244,20 +244,6 @@ def test_prompts_of_different_lengths_as_if_alone(model):
         np.testing.assert_array_equal(row, models.generate(model, prompt[None], 6)[0])
 
 
-@pytest.mark.parametrize("rows", [None, [4, 3]])
-def test_sixteen_bits_read_on_with_a_cache(tmp_path, rows):
-    """A batch, several tokens at once, rows of different lengths: what one token does not do."""
-    model = models.load(saved(tmp_path), jnp.bfloat16)
-    extend = jax.jit(type(model).extend)
-    lengths = None if rows is None else jnp.asarray(rows)
-    logits, cache = extend(model, jnp.asarray(IDS[:, :4]), model.empty_cache(2, 9), lengths)
-    ids = IDS[:, 4:6] if rows is None else np.stack([IDS[0, 4:6], IDS[1, 3:5]])
-    logits, _ = extend(model, jnp.asarray(ids), cache)
-    full = np.asarray(model(IDS))
-    expected = full[:, 5] if rows is None else np.stack([full[0, 5], full[1, 4]])
-    np.testing.assert_allclose(logits, expected, atol=0.1 * np.abs(full).max())
-
-
 def test_kimi_k2_is_the_same_architecture(tmp_path, model):
     other = models.load(saved(tmp_path, model_type="kimi_k2"))
     assert other.config.model_type == "kimi_k2"
