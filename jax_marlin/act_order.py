@@ -88,7 +88,8 @@ def fold_act_order(gate_up: Any, down: Any) -> Any:
     """Moves down's act-order permutation into gate_up's columns, so that down gathers nothing.
 
     The layer's outputs stay what they were, bit for bit: each column is computed as before, only
-    elsewhere. Runs on the host, one expert at a time beside one copy of gate_up.
+    elsewhere. Runs on the host, one expert at a time beside one copy of gate_up (two where several
+    devices hold it).
 
     Args:
         gate_up: a stack [E, H, 2 I] (first all of gate, then all of up), or a pair (gate, up) of

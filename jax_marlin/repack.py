@@ -10,8 +10,7 @@ By index bits, named as in `layout`, with c = 2 c1 + c0:
 An exchange swaps one bit that chooses a word with one that chooses a place, for all words at once.
 At 4 bit three do it: b with l (which then chooses a word), l with c1, h with c0. At 8 bit two do: h
 with c0, b with l. What remains is to store words in another order, in runs of four. All of it runs
-on blocks that stay in the cache, at about 2 GB a second on one core, where NumPy lets go of the
-interpreter's lock.
+on blocks that stay in the cache, where NumPy lets go of the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ import numpy as np
 from jax_marlin.layout import TILE
 from jax_marlin.words import exchange
 
-_BLOCK_WORDS = 2**16  # words packed at once; they and their copies fill a core's cache
+# Words packed at once. Smaller blocks stay in a core's own cache, but threads then hand the
+# interpreter's lock to and fro so often that two are slower than one.
+_BLOCK_WORDS = 2**18
 _LINE = 16  # words of a line of the cache
 _RUN = np.dtype(np.complex128)  # 16 bytes, four words, which NumPy moves as one item
 

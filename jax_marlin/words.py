@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_TAKEN_AT_ONCE = 2**17  # words whose rows are moved at once; they stay in the cache
+_TAKEN_AT_ONCE = 2**19  # words whose rows are moved at once, as long as in `repack`
 _MIN_RUN = 16  # words of one row: a line of the cache
 
 # every second field of `shift` bits in a word, the lower ones

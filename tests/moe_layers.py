@@ -8,6 +8,8 @@ import numpy as np
 import oracle
 from problems import Case, Problem, build
 
+from jax_marlin import DenseExpertStack
+
 ORACLE_NAMES = {"swiglu_clamped": "swiglu_oai"}
 
 
@@ -28,6 +30,13 @@ class Layer:
 
     def stacks(self):
         return self.gate_up.stack(), self.down.stack()
+
+    def dense_stacks(self):
+        """The same weights in float32, not packed; both cases must have a bias."""
+        return tuple(
+            DenseExpertStack(jnp.asarray(case.weights, jnp.float32), jnp.asarray(case.bias))
+            for case in (self.gate_up, self.down)
+        )
 
 
 def build_layer(name: str, *, intermediate: int = 72, n: int = 136, **fields: Any) -> Layer:

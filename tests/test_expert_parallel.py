@@ -1,7 +1,6 @@
 """moe_ffn over devices that hold some of the experts, some of the columns, or both."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -76,10 +75,7 @@ def test_columns_and_rows(variant):
 
 def test_dense_stacks():
     layer = layer_of("dense", bias=True)
-    stacks = tuple(
-        jm.DenseExpertStack(jnp.asarray(c.weights, jnp.float32), jnp.asarray(c.bias))
-        for c in (layer.gate_up, layer.down)
-    )
+    stacks = layer.dense_stacks()
     for kind, axis, options in (
         ("expert", "expert", {"expert_axis": "expert"}),
         (("column", "row"), "tensor", {"tensor_axis": "tensor"}),

@@ -143,10 +143,7 @@ def test_dense_stacks(which, weights_on_input, dtype):
 def test_weights_of_dense_stacks(weights_on_input):
     """Against jax.grad of the layer written out densely in float32."""
     layer = build_layer("dense_weights", dtype="float32", bias=True, m=11, routing="skips")
-    stacks = tuple(
-        DenseExpertStack(jnp.asarray(case.weights, jnp.float32), jnp.asarray(case.bias))
-        for case in (layer.gate_up, layer.down)
-    )
+    stacks = layer.dense_stacks()
     ids, weights = layer.routes
     g = cotangent(layer)
 

@@ -27,12 +27,7 @@ def layer_of(variant):
     gate_up = case(f"gradients_{variant}", **fields)
     down = case(f"gradients_down_{variant}", **fields | {"k": 128, "n": 192})
     layer = Layer(gate_up, down)
-    stacks = layer.stacks()
-    if variant == "dense":
-        stacks = tuple(
-            jm.DenseExpertStack(jnp.asarray(c.weights, jnp.float32), jnp.asarray(c.bias))
-            for c in (gate_up, down)
-        )
+    stacks = layer.dense_stacks() if variant == "dense" else layer.stacks()
     return tuple(map(jnp.asarray, (layer.x, *layer.routes))), stacks
 
 

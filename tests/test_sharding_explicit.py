@@ -67,16 +67,18 @@ def test_layer(kind, axis):
 def test_layer_of_dense_stacks(kind, axis):
     """Composed of single products, whose order of rows all devices know: ids alone are gathered."""
     layer = Layer(case("dense_layer", bias=True), case("dense_down", k=128, n=192, bias=True))
-    stacks = tuple(
-        jm.DenseExpertStack(jnp.asarray(c.weights, jnp.float32), jnp.asarray(c.bias))
-        for c in (layer.gate_up, layer.down)
-    )
-    placed = jm.shard(stacks, MESH, kind, axis, gate_up=True)
+    placed = jm.shard(layer.dense_stacks(), MESH, kind, axis, gate_up=True)
     tokens = [put(MESH, a, "data") for a in (layer.x, *layer.routes)]
     out, found = run(jm.moe_ffn, *tokens, *placed)
     assert jax.typeof(out).sharding.spec == P("data", None)
     oracle.assert_within(out, *expected(layer))
     assert {*kinds(found)} == {"all-reduce"}
+
+
+def test_a_routing_table_counts_the_rows_of_all_devices():
+    ids = np.array([[2, 0], [2, 1], [0, 2], [1, 1]], np.int32)
+    on_mesh = jax.jit(jm.moe_align_block_size, static_argnums=(1, 2))(put(MESH, ids, "data"), 2, 3)
+    jax.tree.map(np.testing.assert_array_equal, on_mesh, jm.moe_align_block_size(ids, 2, 3))
 
 
 def test_an_operand_that_cannot_be_used_as_it_lies_is_refused():

@@ -58,16 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "method": "calls one after the other in a loop inside one jitted program, weights rotated; "
         f"what longer runs of it take more than shorter ones, median of {args.runs} pairs or fewer",
     }
-    headings = [heading for heading, _ in _COLUMNS.values()]
-    widths = [max(18, len(headings[0])), *map(len, headings[1:])]
-    print(*report.header(conditions), report.line(headings, widths), sep="\n", flush=True)
-    records: list[dict[str, Any]] = []
-    for shape in chosen:
-        for record in measure(shape, sorted(args.rows), quantization, args.runs):
-            records.append(record)
-            print(report.line(report.cells(record, _COLUMNS), widths), flush=True)
-            if args.json:  # after each record, for a run that is cut off
-                report.save_json(args.json, conditions, records)
+    rows = sorted(args.rows)
+    measured = (r for shape in chosen for r in measure(shape, rows, quantization, args.runs))
+    records = report.streamed(conditions, measured, _COLUMNS, args.json)
     return int(any(record["error"] is not None for record in records))
 
 

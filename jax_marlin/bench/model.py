@@ -40,7 +40,6 @@ _COLUMNS = {
     "peak_gb": ("peak GB", "{:.2f}"),
     "error": ("error", "{}"),
 }
-_WIDTH = 8  # of a column, at least
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,16 +106,7 @@ def _run(args: argparse.Namespace) -> int:
         "routing reaches), keys and values read once, or the flops",
     }
     conditions |= check_model(model)
-    headings = [heading for heading, _ in _COLUMNS.values()]
-    widths = [max(_WIDTH, len(heading)) for heading in headings]
-    print(*report.header(conditions), report.line(headings, widths), sep="\n", flush=True)
-    records: list[dict[str, Any]] = []
-    for record in _measure(model, ceilings, args):
-        # At once, for a run that is cut off.
-        print(report.line(report.cells(record, _COLUMNS), widths), flush=True)
-        records.append(record)
-        if args.json:
-            report.save_json(args.json, conditions, records)
+    records = report.streamed(conditions, _measure(model, ceilings, args), _COLUMNS, args.json)
     return int(any(record["error"] is not None for record in records))
 
 

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from jax_marlin.bench.measure import Options
 from jax_marlin.bench.problems import Quantization
 
 _DRIVER = pathlib.Path("/proc/driver/nvidia/version")  # Linux; JAX does not know the driver
+
+_NAME, _NUMBER = 18, 8  # widths of columns, at least, whose cells are not known yet
 
 # column -> (heading, format)
 _COLUMNS = {
@@ -114,6 +116,28 @@ def aligned(
     rows = [[heading for heading, _ in columns.values()], *(cells(r, columns) for r in records)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     return "\n".join([*header(conditions), *(line(row, widths) for row in rows)])
+
+
+def streamed(
+    conditions: dict[str, Any],
+    records: Iterable[dict[str, Any]],
+    columns: dict[str, tuple[str, str]],
+    json_file: pathlib.Path | None,
+) -> list[dict[str, Any]]:
+    """Prints as `aligned` does, and saves, each record as soon as it comes, and returns them all.
+
+    A run that is cut off keeps what it has.
+    """
+    headings = [heading for heading, _ in columns.values()]
+    widths = [max(_NUMBER if i else _NAME, len(h)) for i, h in enumerate(headings)]
+    print(*header(conditions), line(headings, widths), sep="\n", flush=True)
+    done: list[dict[str, Any]] = []
+    for record in records:
+        print(line(cells(record, columns), widths), flush=True)
+        done.append(record)
+        if json_file:
+            save_json(json_file, conditions, done)
+    return done
 
 
 def header(conditions: dict[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ from jax_marlin.words import transpose_fields
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _SYMMETRIC = 8
-_WORDS_AT_ONCE = 2**17  # of the codes transposed at once; they stay in the cache
+_WORDS_AT_ONCE = 2**19  # of the codes transposed at once, as long as in `repack`
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's quant_config.json
 _ACTED_ON = ACTED_ON | set(_OLD_NAMES) | {"version", "zero_point"}
 

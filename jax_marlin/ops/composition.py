@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
 from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
@@ -40,9 +39,7 @@ def composed_layer(
     num_experts, (num_tokens, top_k) = down.num_experts, ids.shape
     moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
     routing = Routing(
-        *align_routed_rows(
-            _everywhere(ids), moe_block_size, num_experts, implementation=implementation
-        )
+        *align_routed_rows(ids, moe_block_size, num_experts, implementation=implementation)
     )
     row_weights = weights.reshape(-1)
 
@@ -68,20 +65,6 @@ def composed_layer(
     for slot in range(top_k):  # in this order, so that the rounding is the same in every run
         total += jnp.where(routed[:, slot, None], out[:, slot], 0.0)
     return total.astype(x.dtype)
-
-
-def _everywhere(ids: jax.Array) -> jax.Array:
-    """Ids that an explicit mesh has cut, whole on every device: one order covers all tokens.
-
-    A few numbers a token travel; under automatic meshes JAX does the same by itself.
-    """
-    sharding = jax.typeof(ids).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return (
-        jax.sharding.reshard(ids, NamedSharding(sharding.mesh, PartitionSpec()))
-        if explicit
-        else ids
-    )
 
 
 def gate_and_up(columns: jax.Array, gate_up: ExpertStack) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import numpy as np
 from jax.core import min_dim
 from jax.extend.core import Primitive
 from jax.interpreters import xla
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_marlin.ops import checks
 from jax_marlin.ops.primitive import (
@@ -34,7 +35,8 @@ def moe_align_block_size(
     (`csrc/moe/moe_align_sum_kernels.cu`).
 
     Args:
-        topk_ids: `[T, top_k]` integers, the experts of each token; T may be 0.
+        topk_ids: `[T, top_k]` integers, the experts of each token; T may be 0. What an explicit
+            mesh has cut is gathered: one table holds the rows of all devices.
         moe_block_size: slots of one block, >= 1; `moe_matmul` takes the same number.
         num_experts: E, how many experts `topk_ids` counts; any number.
         expert_map: `[E]` integers, the local id of each expert or -1, where a device holds only
@@ -86,13 +88,21 @@ def align_routed_rows(
         expert_map = jnp.zeros((0,), jnp.int32)
     return tuple(
         _primitive.bind(
-            topk_ids,
-            expert_map,
+            _of_all_devices(topk_ids),
+            _of_all_devices(expert_map),
             moe_block_size=moe_block_size,
             num_experts=num_experts,
             implementation=implementation,
         )
     )
+
+
+def _of_all_devices(ids: jax.Array) -> jax.Array:
+    """Whole on every device of an explicit mesh; under automatic ones JAX does so by itself."""
+    mesh = jax.typeof(ids).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return ids
+    return jax.sharding.reshard(ids, NamedSharding(mesh, PartitionSpec()))
 
 
 def check_slots(
