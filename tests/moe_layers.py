@@ -100,7 +100,7 @@ LAYERS = {
     "one_call_odd_columns": {"intermediate": 32, "n": 67, "m": 12},
     "one_call_without_tables": {"intermediate": 96, "m": 1, "num_experts": 16, "zeros": "v2"},
     "one_call_few_routes": {"intermediate": 96, "m": 2, "top_k": 2, "num_experts": 19, "bits": 8},
-    # Few routes, so no tables: one token, or experts enough.
+    # Few routes and small weights: down's blocks sum a token's routes, in warps of their own.
     "one_call_sum_of_eight": {
         "intermediate": 96,
         "m": 1,

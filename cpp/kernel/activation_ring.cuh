@@ -30,7 +30,9 @@ class ActivationRing {
       : p_(p), tile_(tile), tiles_per_warp_(tiles_per_warp), storage_(storage) {
     const int vector = threadIdx.x % kScaleVectors;
     const int fragment = stack_fragment<Config>(p, tile, vector / 2);
-    const int64_t column_tile = static_cast<int64_t>(tile.expert) * p.stack_n_tiles + fragment / 4;
+    const int warp_k = threadIdx.x / (kScaleVectors * kHalves) % Config::kWarpsK;
+    const int64_t column_tile =
+        static_cast<int64_t>(share(warp_k).expert) * p.stack_n_tiles + fragment / 4;
     scale_offset_ =
         column_tile * p.num_groups * kTile + fragment % 4 * kFragment + vector % 2 * kVector;
   }
@@ -59,8 +61,10 @@ class ActivationRing {
   __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int warp_k, int m, int j,
                                                 int half) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(b, &storage_.stages.x[read_stage_][warp_k][8 * m + lane % 8]
-                                          [j * kTile + half * kHalf + lane / 8 * 8]);
+    // One row of x stands for 8 equal tokens.
+    const int row = Config::kSumsRoutes ? 0 : 8 * m + lane % 8;
+    ptx::ldmatrix_x4(
+        b, &storage_.stages.x[read_stage_][warp_k][row][j * kTile + half * kHalf + lane / 8 * 8]);
   }
 
   // Scales of rows n = first + g and first + g + 8, where `first` is a multiple of 16.
@@ -95,17 +99,35 @@ class ActivationRing {
     request_stage_ = request_stage_ + 1 == Config::kStages ? 0 : request_stage_ + 1;
   }
 
-  // First packed K tile of this stage for a warp of K, counted in the whole problem.
-  __device__ __forceinline__ int first_k_tile(int warp_k) const {
-    return tile_.k_tile_begin + warp_k * tiles_per_warp_ + request_chunk_ * Config::kChunk;
+  __device__ __forceinline__ WarpShare share(int warp_k) const {
+    return share_of<Config>(p_, tile_, tiles_per_warp_, warp_k, storage_);
   }
 
-  // End of what a warp of K multiplies: its own share, within this block's part.
-  __device__ __forceinline__ int k_tile_end(int warp_k) const {
-    return min(tile_.k_tile_begin + (warp_k + 1) * tiles_per_warp_, tile_.k_tile_end);
+  // One vector of this stage's x for a warp of K; what lies past its share is zero.
+  __device__ __forceinline__ void request_vector(const Element* x, bool used, int warp_k, int row,
+                                                 int vector) {
+    const WarpShare of_warp = share(warp_k);
+    const int k_tile = of_warp.begin + request_chunk_ * Config::kChunk;
+    const int k = k_tile * kTile + vector * kVector;
+    const int k_end = used ? min(of_warp.end * kTile, p_.k) : 0;
+    // A copy of 0 bytes writes zeros but still wants an address inside the array.
+    const int valid = min(max(k_end - k, 0), kVector);
+    ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
+                  x + (valid == 0 ? 0 : k), valid * static_cast<int>(sizeof(Element)));
+  }
+
+  // Each warp of K has a row of its own: that of its route.
+  __device__ __forceinline__ void request_routes() {
+    static_assert(!Config::kSumsRoutes || kRowsAtOnce >= Config::kWarpsK, "a vector a thread");
+    const int vector = threadIdx.x % kRowVectors, warp_k = threadIdx.x / kRowVectors;
+    if (warp_k >= Config::kWarpsK) return;
+    const int route = min(warp_k / warps_of_route<Config>(p_), p_.routes_of_row - 1);
+    const int64_t row = int64_t{storage_.out_row[0]} * p_.routes_of_row + route;
+    request_vector(static_cast<const Element*>(p_.x) + row * p_.x_stride, true, warp_k, 0, vector);
   }
 
   __device__ __forceinline__ void request_x() {
+    if constexpr (Config::kSumsRoutes) return request_routes();
     const int vector = threadIdx.x % kRowVectors, first_row = threadIdx.x / kRowVectors;
     // NOTE: unrolled, the addresses of all copies stay live through the main loop and spill.
 #pragma unroll 1
@@ -114,12 +136,7 @@ class ActivationRing {
       const Element* x = static_cast<const Element*>(p_.x) + max(source, 0) * p_.x_stride;
 #pragma unroll 4
       for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
-        const int k = first_k_tile(warp_k) * kTile + vector * kVector;
-        const int k_end = source < 0 ? 0 : min(k_tile_end(warp_k) * kTile, p_.k);
-        // A copy of 0 bytes writes zeros but still wants an address inside the array.
-        const int valid = min(max(k_end - k, 0), kVector);
-        ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
-                      x + (valid == 0 ? 0 : k), valid * static_cast<int>(sizeof(Element)));
+        request_vector(x, source >= 0, warp_k, row, vector);
       }
     }
   }
@@ -128,12 +145,13 @@ class ActivationRing {
   __device__ __forceinline__ void request_scales() {
     const int vector = threadIdx.x % kScaleVectors, half = threadIdx.x / kScaleVectors % kHalves;
     const int warp_k = threadIdx.x / (kScaleVectors * kHalves);
-    const int k_tile = first_k_tile(warp_k) + half / 2;
+    const WarpShare of_warp = share(warp_k);
+    const int k_tile = of_warp.begin + request_chunk_ * Config::kChunk + half / 2;
     // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
     // further from an integer than float32 rounds. The last half of K may begin a group too many.
     const int quotient = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
     const int group = min(quotient, p_.num_groups - 1);
-    const bool valid = k_tile < k_tile_end(warp_k);
+    const bool valid = k_tile < of_warp.end;
     const int64_t at = valid ? scale_offset_ + group * kTile : 0;
     auto& stages = storage_.stages;
     ptx::cp_async(&stages.scales[request_stage_][warp_k][half][vector * kVector],

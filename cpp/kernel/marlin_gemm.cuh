@@ -66,9 +66,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const int warp = threadIdx.x / 32;
   const int warp_n = warp % Config::kWarpsN, warp_k = warp / Config::kWarpsN;
   const int part = tile.k_tile_end - tile.k_tile_begin;
-  const int tiles_per_warp = (part + Config::kWarpsK - 1) / Config::kWarpsK;
+  const int warps = Config::kSumsRoutes ? warps_of_route<Config>(p) : Config::kWarpsK;
+  const int tiles_per_warp = (part + warps - 1) / warps;
+  const WarpShare share = share_of<Config>(p, tile, tiles_per_warp, warp_k, storage);
 
-  WeightRing<Config> weights(p, tile, tiles_per_warp, warp_n, warp_k);
+  WeightRing<Config> weights(p, tile, share, warp_n);
   if (p.x_is_pending) ptx::wait_dependencies();
   // NOTE: x before the weights: requested after them it waits behind megabytes.
   ActivationRing<Config> x(p, tile, tiles_per_warp, storage);

@@ -15,6 +15,31 @@ struct WorkTile {
   int k_tile_end;
 };
 
+// What one warp of K multiplies: packed K tiles [begin, end) of an expert.
+struct WarpShare {
+  int expert, begin, end;
+};
+
+// Warps of K that share a route where the tile sums routes; the others have none.
+template <class Config>
+__device__ __forceinline__ int warps_of_route(const GemmParams& p) {
+  return Config::kWarpsK / p.routes_of_row;
+}
+
+template <class Config>
+__device__ __forceinline__ WarpShare share_of(const GemmParams& p, const WorkTile& tile,
+                                              int tiles_per_warp, int warp_k,
+                                              const SharedStorage<Config>& storage) {
+  if constexpr (Config::kSumsRoutes) {
+    const int begin = warp_k % warps_of_route<Config>(p) * tiles_per_warp;
+    const int expert = storage.route_expert[warp_k];
+    return {max(expert, 0), begin, expert < 0 ? begin : min(begin + tiles_per_warp, p.k_tiles)};
+  } else {
+    const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
+    return {tile.expert, begin, min(begin + tiles_per_warp, tile.k_tile_end)};
+  }
+}
+
 // The stack's column fragment that a block's fragment f is. A gated block takes as many of gate as
 // of up, in pairs of the same columns. Past the end the last one is repeated, and never stored.
 template <class Config>
@@ -69,6 +94,19 @@ __device__ __forceinline__ int seek_rows(const GemmParams& p, int row_block,
   return expert;
 }
 
+// A token whose routes are summed: which expert each warp of K takes.
+template <class Config>
+__device__ __forceinline__ void seek_routes(const GemmParams& p, int token,
+                                            SharedStorage<Config>& storage) {
+  const int i = threadIdx.x;
+  if (i < Config::kTileM) storage.out_row[i] = i == 0 ? token : -1;
+  if (i < Config::kWarpsK) {
+    const int route = i / warps_of_route<Config>(p);
+    const int id = route < p.routes_of_row ? p.topk_ids[token * p.routes_of_row + route] : -1;
+    storage.route_expert[i] = id < p.num_experts ? max(id, -1) : -1;
+  }
+}
+
 // False when this block has nothing to do; the same answer for all its threads.
 template <class Config>
 __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>& storage,
@@ -77,7 +115,12 @@ __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>&
   tile.split = blockIdx.z;
   tile.column_block = p.columns_first ? blockIdx.x : blockIdx.y;
   tile.index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  tile.expert = seek_rows<Config>(p, row_block, storage);
+  if constexpr (Config::kSumsRoutes) {
+    tile.expert = 0;
+    seek_routes<Config>(p, row_block, storage);
+  } else {
+    tile.expert = seek_rows<Config>(p, row_block, storage);
+  }
 
   const int per_split = (p.k_tiles + p.split_k - 1) / p.split_k;
   tile.k_tile_begin = tile.split * per_split;

@@ -17,6 +17,9 @@ struct TileConfig {
   int chunk;       // packed K tiles of one x stage
   int stages;      // x and scale stages in shared memory
   int min_blocks;  // blocks of one SM that the register budget must allow
+  // Warps of K take the routes of one token, each its own expert, instead of parts of one K: their
+  // sum is the layer's.
+  bool sums_routes = false;
 
   // 8-bit words need twice the registers of the ring, so fewer blocks fit.
   constexpr int blocks_per_sm(int bits) const {

@@ -2,12 +2,39 @@
 
 #include "launch_moe_ffn.h"
 
+#include "tile_table.h"
+
 namespace jax_marlin {
 namespace {
 
 // Few routes rarely meet at one expert, and tables cost a launch: then each route is a block.
 bool needs_tables(const MoeFfnLaunch& layer) {
   return layer.combine.tokens > 1 && 4 * int64_t{layer.align.routes} > layer.align.num_experts;
+}
+
+// Whether down's blocks sum a token's routes themselves. They are as narrow as a fragment, which
+// suits weights that are few and late; many stream better in wide blocks, and a sum of its own.
+bool sums_routes(const MoeFfnLaunch& layer) {
+  constexpr int64_t kMostBytes = int64_t{16} << 20;
+  const GemmParams& down = layer.down.params;
+  const int top_k = layer.combine.top_k;
+  const int64_t bytes = int64_t{layer.align.routes} * down.k * down.n / 8 * layer.down.bits;
+  return !needs_tables(layer) && top_k <= kWarps && bytes <= kMostBytes;
+}
+
+// down's routes summed to rows of out: no rows of their own, and no launch to sum them.
+void plan_sum(MoeFfnLaunch& layer) {
+  GemmParams& p = layer.down.params;
+  p.out = layer.combine.out;
+  p.out_rows = layer.combine.tokens;
+  p.out_is_float32 = false;
+  p.routes_of_row = layer.combine.top_k;
+  TileChoice& choice = layer.down.choice;
+  choice = {};
+  choice.tile = kRoutesTileIndex;
+  choice.sub_blocks = choice.split_k = 1;
+  choice.row_blocks = layer.combine.tokens;
+  choice.n_blocks = (p.n + kRoutesTile.columns() - 1) / kRoutesTile.columns();
 }
 
 GemmProblem problem_of(const GemmLaunch& gemm, const AlignParams& align) {
@@ -33,16 +60,16 @@ void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
 }
 
 // x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
-cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* gathered, Order order,
-                   cudaStream_t stream) {
+cudaError_t gather(GemmParams& p, const int* perm, const AlignParams& align, void* gathered,
+                   Order order, cudaStream_t stream) {
   GatherParams g = {};
   g.x = static_cast<const uint16_t*>(p.x);
   g.perm = perm;
-  g.topk_ids = topk_ids;
+  g.topk_ids = align.topk_ids;
   g.gathered = static_cast<uint16_t*>(gathered);
   g.x_stride = p.x_stride;
-  g.out_rows = p.out_rows;
-  g.slots = static_cast<int>(p.out_rows);
+  g.out_rows = align.routes;
+  g.slots = align.routes;
   g.k = p.k;
   g.num_experts = p.num_experts;
   g.row_divisor = p.row_divisor;
@@ -61,11 +88,11 @@ void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device) {
     gemm->choice = select_tile(problem_of(*gemm, layer.align), device);
   }
   layer.down.params.x_is_pending = true;
+  if (sums_routes(layer)) plan_sum(layer);
 }
 
 cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
   GemmLaunch gate_up = layer.gate_up, down = layer.down;
-  const int* topk_ids = layer.align.topk_ids;
   // First, so that nothing stands between two kernels that overlap.
   cudaError_t status = clear_arrivals(down, stream);  // gate_up's K is never split here
   Order order = arrivals_bytes(down.choice) == 0 ? Order::kAfter : Order::kOverlap;
@@ -77,14 +104,15 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
     follow(launch_align(layer.align, stream));
   }
   if (status == cudaSuccess && layer.gate_up_perm != nullptr) {
-    follow(gather(gate_up.params, layer.gate_up_perm, topk_ids, layer.gathered_x, order, stream));
+    follow(
+        gather(gate_up.params, layer.gate_up_perm, layer.align, layer.gathered_x, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(gate_up, order, stream));
   if (status == cudaSuccess && layer.down_perm != nullptr) {
-    follow(gather(down.params, layer.down_perm, topk_ids, layer.gathered_hidden, order, stream));
+    follow(gather(down.params, layer.down_perm, layer.align, layer.gathered_hidden, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(down, order, stream));
-  if (status == cudaSuccess) {
+  if (status == cudaSuccess && down.params.routes_of_row == 0) {
     follow(launch_combine(layer.combine, down.element, order, stream));
   }
   return status;
