@@ -38,18 +38,17 @@ class ActivationRing {
   }
 
   // Fills the ring; but for the stage that `advance` requests first, where the ring turns.
-  __device__ __forceinline__ void start() {
-    const int stages = is_whole() ? Config::kStages : Config::kStages - 1;
-#pragma unroll 1  // code that runs once is fetched once
-    for (int stage = 0; stage < stages; ++stage) request();
-  }
+  __device__ __forceinline__ void start() { start(true, true); }
+  // The same in two steps: scales are inputs, x may still be being written.
+  __device__ __forceinline__ void start_scales() { start(false, true); }
+  __device__ __forceinline__ void start_x() { start(true, false); }
 
   // The next stage becomes readable; the stage read before it is refilled.
   __device__ __forceinline__ void advance() {
     if (!is_whole()) {
       ptx::cp_async_wait<Config::kStages - 2>();
       __syncthreads();
-      request();
+      request(true, true);
     } else if (read_stage_ == Config::kStages - 1) {  // the first time
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -88,11 +87,20 @@ class ActivationRing {
     return tiles_per_warp_ <= Config::kStages * Config::kChunk;
   }
 
+  __device__ __forceinline__ void start(bool of_x, bool of_scales) {
+    const int chunks = (tiles_per_warp_ + Config::kChunk - 1) / Config::kChunk;
+    const int stages = is_whole() ? chunks : Config::kStages - 1;
+    request_chunk_ = request_stage_ = 0;
+#pragma unroll 1  // code that runs once is fetched once
+    for (int stage = 0; stage < stages; ++stage) request(of_x, of_scales);
+  }
+
   // One commit group a call, also when nothing is left, so that waits count stages.
-  __device__ __forceinline__ void request() {
+  __device__ __forceinline__ void request(bool of_x, bool of_scales) {
     if (request_chunk_ * Config::kChunk < tiles_per_warp_) {
-      request_x();
-      if (kScaleCopies == Config::kThreads || threadIdx.x < kScaleCopies) request_scales();
+      if (of_x) request_x();
+      const bool has_copy = kScaleCopies == Config::kThreads || threadIdx.x < kScaleCopies;
+      if (of_scales && has_copy) request_scales();
     }
     ptx::cp_async_commit();
     ++request_chunk_;
@@ -121,7 +129,7 @@ class ActivationRing {
     static_assert(!Config::kSumsRoutes || kRowsAtOnce >= Config::kWarpsK, "a vector a thread");
     const int vector = threadIdx.x % kRowVectors, warp_k = threadIdx.x / kRowVectors;
     if (warp_k >= Config::kWarpsK) return;
-    const int route = min(warp_k / warps_of_route<Config>(p_), p_.routes_of_row - 1);
+    const int route = min(warp_k >> p_.route_shift, p_.routes_of_row - 1);
     const int64_t row = int64_t{storage_.out_row[0]} * p_.routes_of_row + route;
     request_vector(static_cast<const Element*>(p_.x) + row * p_.x_stride, true, warp_k, 0, vector);
   }

@@ -164,41 +164,10 @@ __device__ __forceinline__ void store_gated(const GemmParams& p, int expert, int
   }
 }
 
-// A warp's sums of one route, or of its part of one: with the router's weight, and the bias once.
-template <class Config>
-__device__ __forceinline__ void weigh_route(const GemmParams& p, const WorkTile& tile, int warp_n,
-                                            int warp_k, const SharedStorage<Config>& storage,
-                                            Accumulator<Config>& acc) {
-  const int expert = storage.route_expert[warp_k];
-  if (expert < 0) return;  // nothing was added
-  const int warps = warps_of_route<Config>(p);
-  const int64_t route = int64_t{storage.out_row[0]} * p.routes_of_row + warp_k / warps;
-  const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[route];
-#pragma unroll
-  for (int f = 0; f < Config::kFragsN; ++f) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = tile.column_block * Config::kColumns + 16 * (warp_n * Config::kFragsN + f) +
-                    threadIdx.x % 32 / 4 + 8 * half;
-      float bias = 0.f;
-      if (p.bias != nullptr && n < p.n && warp_k % warps == 0) {
-        bias = Config::to_float(
-            static_cast<const typename Config::Element*>(p.bias)[expert * p.bias_stride + n]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& sum = acc[f][0][2 * half + i];
-        sum = p.weights_before_bias ? sum * weight + bias : (sum + bias) * weight;
-      }
-    }
-  }
-}
-
 template <class Config>
 __device__ __forceinline__ void finish(const GemmParams& p, const WorkTile& tile,
-                                       Accumulator<Config>& acc, int warp_n, int warp_k,
+                                       const Accumulator<Config>& acc, int warp_n, int warp_k,
                                        SharedStorage<Config>& storage) {
-  if constexpr (Config::kSumsRoutes) weigh_route<Config>(p, tile, warp_n, warp_k, storage, acc);
   __syncthreads();  // the stages, whose place the sums take, are still being read
   share_sums<Config>(acc, warp_n, warp_k, storage.sums);
   __syncthreads();

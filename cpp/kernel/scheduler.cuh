@@ -20,10 +20,11 @@ struct WarpShare {
   int expert, begin, end;
 };
 
-// Warps of K that share a route where the tile sums routes; the others have none.
+// How many warps of K share a product: all of the block's, or, where the tile sums routes, those of
+// one route; the warps that remain then have none.
 template <class Config>
-__device__ __forceinline__ int warps_of_route(const GemmParams& p) {
-  return Config::kWarpsK / p.routes_of_row;
+__device__ __forceinline__ int warps_of_product(const GemmParams& p) {
+  return Config::kSumsRoutes ? 1 << p.route_shift : Config::kWarpsK;
 }
 
 template <class Config>
@@ -31,7 +32,7 @@ __device__ __forceinline__ WarpShare share_of(const GemmParams& p, const WorkTil
                                               int tiles_per_warp, int warp_k,
                                               const SharedStorage<Config>& storage) {
   if constexpr (Config::kSumsRoutes) {
-    const int begin = warp_k % warps_of_route<Config>(p) * tiles_per_warp;
+    const int begin = (warp_k & (warps_of_product<Config>(p) - 1)) * tiles_per_warp;
     const int expert = storage.route_expert[warp_k];
     return {max(expert, 0), begin, expert < 0 ? begin : min(begin + tiles_per_warp, p.k_tiles)};
   } else {
@@ -101,7 +102,7 @@ __device__ __forceinline__ void seek_routes(const GemmParams& p, int token,
   const int i = threadIdx.x;
   if (i < Config::kTileM) storage.out_row[i] = i == 0 ? token : -1;
   if (i < Config::kWarpsK) {
-    const int route = i / warps_of_route<Config>(p);
+    const int route = i >> p.route_shift;
     const int id = route < p.routes_of_row ? p.topk_ids[token * p.routes_of_row + route] : -1;
     storage.route_expert[i] = id < p.num_experts ? max(id, -1) : -1;
   }

@@ -25,8 +25,8 @@ class WeightRing {
       source_[f] = p.qweight + (column_tile * p.k_tiles + share.begin) * Config::kWordsPerTile +
                    thread * 4 * Config::kVectors;
       // While x is still being written, the first turn of the ring can be on its way to L2. More
-      // would push out what other blocks wait for.
-      if (p.x_is_pending && thread == 0 && remaining_ > 0) {
+      // would push out what other blocks wait for. A sum over routes requests it outright.
+      if (!Config::kSumsRoutes && p.x_is_pending && thread == 0 && remaining_ > 0) {
         ptx::prefetch_l2(source_[f], min(remaining_, Config::kDepth) * Config::kWordsPerTile * 4);
       }
     }
@@ -44,6 +44,13 @@ class WeightRing {
         }
       }
     }
+  }
+
+  // The ring's first turn.
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int slot = 0; slot < Config::kDepth; ++slot) request(slot);
+    advance();
   }
 
   // After all slots have been requested once: the ring's next turn.

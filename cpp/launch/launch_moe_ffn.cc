@@ -2,46 +2,28 @@
 
 #include "launch_moe_ffn.h"
 
-#include "tile_table.h"
+#include "../kernel/tile_config.h"
+#include "select_layer.h"
 
 namespace jax_marlin {
 namespace {
 
-// Few routes rarely meet at one expert, and tables cost a launch: then each route is a block.
-bool needs_tables(const MoeFfnLaunch& layer) {
-  return layer.combine.tokens > 1 && 4 * int64_t{layer.align.routes} > layer.align.num_experts;
-}
-
-// Whether down's blocks sum a token's routes themselves. They are as narrow as a fragment, which
-// suits weights that are few and late; many stream better in wide blocks, and a sum of its own.
-bool sums_routes(const MoeFfnLaunch& layer) {
-  constexpr int64_t kMostBytes = int64_t{16} << 20;
-  const GemmParams& down = layer.down.params;
-  const int top_k = layer.combine.top_k;
-  const int64_t bytes = int64_t{layer.align.routes} * down.k * down.n / 8 * layer.down.bits;
-  return !needs_tables(layer) && top_k <= kWarps && bytes <= kMostBytes;
-}
-
-// down's routes summed to rows of out: no rows of their own, and no launch to sum them.
-void plan_sum(MoeFfnLaunch& layer) {
-  GemmParams& p = layer.down.params;
-  p.out = layer.combine.out;
-  p.out_rows = layer.combine.tokens;
-  p.out_is_float32 = false;
-  p.routes_of_row = layer.combine.top_k;
-  TileChoice& choice = layer.down.choice;
-  choice = {};
-  choice.tile = kRoutesTileIndex;
-  choice.sub_blocks = choice.split_k = 1;
-  choice.row_blocks = layer.combine.tokens;
-  choice.n_blocks = (p.n + kRoutesTile.columns() - 1) / kRoutesTile.columns();
-}
-
-GemmProblem problem_of(const GemmLaunch& gemm, const AlignParams& align) {
-  const GemmParams& p = gemm.params;
-  const bool gated = p.activation != Activation::kNone;
-  return {p.slots,      p.moe_block_size, p.k, gated ? 2 * p.n : p.n, gemm.bits, gated,
-          align.routes, align.num_experts};
+LayerProblem problem_of(const MoeFfnLaunch& layer) {
+  const GemmParams &gate_up = layer.gate_up.params, &down = layer.down.params;
+  const AlignParams& align = layer.align;
+  LayerProblem problem = {};
+  problem.tokens = layer.combine.tokens;
+  problem.top_k = layer.combine.top_k;
+  problem.num_experts = align.num_experts;
+  problem.hidden = gate_up.k;
+  problem.intermediate = down.k;
+  problem.columns = down.n;
+  problem.gate_up_bits = layer.gate_up.bits;
+  problem.down_bits = layer.down.bits;
+  problem.down_gathers = layer.down_perm != nullptr;
+  problem.slots = align.slots;
+  problem.moe_block_size = align.moe_block_size;
+  return problem;
 }
 
 void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
@@ -57,6 +39,16 @@ void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
     p.slots = align.routes;
     p.moe_block_size = 1;
   }
+}
+
+// down's routes summed to rows of out: no rows of their own, and no launch to sum them.
+void sum_in_down(MoeFfnLaunch& layer) {
+  GemmParams& p = layer.down.params;
+  p.out = layer.combine.out;
+  p.out_rows = layer.combine.tokens;
+  p.out_is_float32 = false;
+  p.routes_of_row = layer.combine.top_k;
+  while (p.routes_of_row << (p.route_shift + 1) <= kWarps) ++p.route_shift;
 }
 
 // x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
@@ -82,13 +74,15 @@ cudaError_t gather(GemmParams& p, const int* perm, const AlignParams& align, voi
 }  // namespace
 
 void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device) {
-  const bool tables = needs_tables(layer);
+  const LayerChoice choice = select_layer(problem_of(layer), device);
   for (GemmLaunch* gemm : {&layer.gate_up, &layer.down}) {
-    set_routing(gemm->params, layer.align, tables);
-    gemm->choice = select_tile(problem_of(*gemm, layer.align), device);
+    set_routing(gemm->params, layer.align, choice.tables);
   }
+  layer.gate_up.choice = choice.gate_up;
+  layer.gate_up.params.next_fits_beside = choice.down_fits_beside;
+  layer.down.choice = choice.down;
   layer.down.params.x_is_pending = true;
-  if (sums_routes(layer)) plan_sum(layer);
+  if (choice.sums_routes) sum_in_down(layer);
 }
 
 cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
