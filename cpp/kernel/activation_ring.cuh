@@ -88,8 +88,10 @@ class ActivationRing {
   }
 
   __device__ __forceinline__ void start(bool of_x, bool of_scales) {
-    const int chunks = (tiles_per_warp_ + Config::kChunk - 1) / Config::kChunk;
-    const int stages = is_whole() ? chunks : Config::kStages - 1;
+    int stages = is_whole() ? Config::kStages : Config::kStages - 1;
+    if constexpr (Config::kSumsRoutes) {  // its ring is longer than most K
+      stages = min(stages, (tiles_per_warp_ + Config::kChunk - 1) / Config::kChunk);
+    }
     request_chunk_ = request_stage_ = 0;
 #pragma unroll 1  // code that runs once is fetched once
     for (int stage = 0; stage < stages; ++stage) request(of_x, of_scales);
@@ -111,13 +113,24 @@ class ActivationRing {
     return share_of<Config>(p_, tile_, tiles_per_warp_, warp_k, storage_);
   }
 
+  // First packed K tile of this stage for a warp of K, counted in the whole problem.
+  __device__ __forceinline__ int first_k_tile(int warp_k) const {
+    const int begin =
+        Config::kSumsRoutes ? share(warp_k).begin : tile_.k_tile_begin + warp_k * tiles_per_warp_;
+    return begin + request_chunk_ * Config::kChunk;
+  }
+
+  // End of what a warp of K multiplies: its own share, within this block's part.
+  __device__ __forceinline__ int k_tile_end(int warp_k) const {
+    if constexpr (Config::kSumsRoutes) return share(warp_k).end;
+    return min(tile_.k_tile_begin + (warp_k + 1) * tiles_per_warp_, tile_.k_tile_end);
+  }
+
   // One vector of this stage's x for a warp of K; what lies past its share is zero.
   __device__ __forceinline__ void request_vector(const Element* x, bool used, int warp_k, int row,
                                                  int vector) {
-    const WarpShare of_warp = share(warp_k);
-    const int k_tile = of_warp.begin + request_chunk_ * Config::kChunk;
-    const int k = k_tile * kTile + vector * kVector;
-    const int k_end = used ? min(of_warp.end * kTile, p_.k) : 0;
+    const int k = first_k_tile(warp_k) * kTile + vector * kVector;
+    const int k_end = used ? min(k_tile_end(warp_k) * kTile, p_.k) : 0;
     // A copy of 0 bytes writes zeros but still wants an address inside the array.
     const int valid = min(max(k_end - k, 0), kVector);
     ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
@@ -153,13 +166,12 @@ class ActivationRing {
   __device__ __forceinline__ void request_scales() {
     const int vector = threadIdx.x % kScaleVectors, half = threadIdx.x / kScaleVectors % kHalves;
     const int warp_k = threadIdx.x / (kScaleVectors * kHalves);
-    const WarpShare of_warp = share(warp_k);
-    const int k_tile = of_warp.begin + request_chunk_ * Config::kChunk + half / 2;
+    const int k_tile = first_k_tile(warp_k) + half / 2;
     // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
     // further from an integer than float32 rounds. The last half of K may begin a group too many.
     const int quotient = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
     const int group = min(quotient, p_.num_groups - 1);
-    const bool valid = k_tile < of_warp.end;
+    const bool valid = k_tile < k_tile_end(warp_k);
     const int64_t at = valid ? scale_offset_ + group * kTile : 0;
     auto& stages = storage_.stages;
     ptx::cp_async(&stages.scales[request_stage_][warp_k][half][vector * kVector],
