@@ -20,7 +20,7 @@ bool needs_tables(const LayerProblem& layer) {
 // narrow as a fragment, which suits weights that are few and late; many stream better in wide
 // blocks, and a sum of its own.
 bool sums_routes(const LayerProblem& layer) {
-  constexpr int64_t kMostBytes = int64_t{16} << 20;
+  constexpr int64_t kMostBytes = int64_t{12} << 20;
   const int64_t codes = routes_of(layer) * layer.intermediate * layer.columns;
   return !needs_tables(layer) && layer.top_k <= kWarps && codes / 8 * layer.down_bits <= kMostBytes;
 }
