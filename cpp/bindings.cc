@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ffi/handlers.h"
+#include "launch/select_layer.h"
 #include "launch/select_tile.h"
 #include "launch/tile_table.h"
 #include "launch/wgmma/tile_table.h"
@@ -36,24 +37,26 @@ nb::list architectures() {
   return names;
 }
 
+nb::dict describe(const TileConfig& tile) {
+  nb::dict row;
+  row["tile_m"] = tile.tile_m;
+  row["columns"] = tile.columns();
+  row["warps_k"] = tile.warps_k();
+  row["depth"] = tile.depth;
+  row["stages"] = tile.stages;
+  nb::dict blocks_per_sm;
+  for (const int bits : {4, 8}) blocks_per_sm[nb::int_(bits)] = tile.blocks_per_sm(bits);
+  row["blocks_per_sm"] = blocks_per_sm;
+  return row;
+}
+
 nb::list tile_table() {
   nb::list rows;
-  for (const TileConfig& tile : kTileTable) {
-    nb::dict row;
-    row["tile_m"] = tile.tile_m;
-    row["columns"] = tile.columns();
-    row["warps_k"] = tile.warps_k();
-    row["depth"] = tile.depth;
-    row["stages"] = tile.stages;
-    rows.append(row);
-  }
+  for (const TileConfig& tile : kTileTable) rows.append(describe(tile));
   return rows;
 }
 
-nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
-                     bool has_wgmma, bool gated, int64_t routes, int num_experts) {
-  const TileChoice choice = select_tile(
-      {rows, moe_block_size, k, n, bits, gated, routes, num_experts}, {sm_count, has_wgmma});
+nb::dict describe(const TileChoice& choice) {
   nb::dict result;
   result["wgmma"] = choice.wgmma;
   result["tile"] = choice.tile;
@@ -62,6 +65,28 @@ nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, i
   result["n_blocks"] = choice.n_blocks;
   result["split_k"] = choice.split_k;
   result["scratch_bytes"] = scratch_bytes(choice);
+  return result;
+}
+
+nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
+                     bool has_wgmma, bool gated, int64_t routes, int num_experts) {
+  const TileChoice choice = select_tile(
+      {rows, moe_block_size, k, n, bits, gated, routes, num_experts}, {sm_count, has_wgmma});
+  return describe(choice);
+}
+
+nb::dict choose_layer(int64_t tokens, int top_k, int num_experts, int hidden, int intermediate,
+                      int columns, int bits, int sm_count, bool has_wgmma, bool down_gathers,
+                      int64_t slots, int moe_block_size) {
+  const LayerProblem layer = {tokens, top_k, num_experts,  hidden, intermediate,  columns,
+                              bits,   bits,  down_gathers, slots,  moe_block_size};
+  const LayerChoice choice = select_layer(layer, {sm_count, has_wgmma});
+  nb::dict result;
+  result["tables"] = choice.tables;
+  result["sums_routes"] = choice.sums_routes;
+  result["down_fits_beside"] = choice.down_fits_beside;
+  result["gate_up"] = describe(choice.gate_up);
+  result["down"] = describe(choice.down);
   return result;
 }
 
@@ -90,6 +115,12 @@ NB_MODULE(_jax_marlin, m) {
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
         nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0);
+  m.def("select_layer", &choose_layer, nb::arg("tokens"), nb::arg("top_k"), nb::arg("num_experts"),
+        nb::arg("hidden"), nb::arg("intermediate"), nb::arg("columns"), nb::arg("bits"),
+        nb::arg("sm_count"), nb::arg("has_wgmma") = false, nb::arg("down_gathers") = false,
+        nb::arg("slots") = 0, nb::arg("moe_block_size") = 8, "The kernels of a MoE layer.");
+  m.def(
+      "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",

@@ -100,7 +100,7 @@ LAYERS = {
     "one_call_odd_columns": {"intermediate": 32, "n": 67, "m": 12},
     "one_call_without_tables": {"intermediate": 96, "m": 1, "num_experts": 16, "zeros": "v2"},
     "one_call_few_routes": {"intermediate": 96, "m": 2, "top_k": 2, "num_experts": 19, "bits": 8},
-    # Few routes, so no tables: one token, or experts enough.
+    # Few routes and small weights: down's blocks sum a token's routes, in warps of their own.
     "one_call_sum_of_eight": {
         "intermediate": 96,
         "m": 1,
@@ -132,6 +132,44 @@ LAYERS = {
         "top_k": 2,
         "zeros": "v2",
         "bits": 8,
+        "dtype": "bfloat16",
+    },
+    # K longer than what waits in shared memory at once, in groups of half a tile and of one.
+    "one_call_sum_of_seven_longest_k": {
+        "intermediate": 1856,
+        "m": 1,
+        "top_k": 7,
+        "num_experts": 8,
+        "n": 72,
+        "zeros": "v1",
+        "bias": True,
+    },
+    "one_call_sum_of_five_longest_k": {
+        "k": 128,
+        "intermediate": 1600,
+        "group_size": 64,
+        "m": 1,
+        "top_k": 5,
+        "n": 72,
+        "bits": 8,
+        "dtype": "bfloat16",
+    },
+    "one_call_sum_of_four_tokens": {
+        "intermediate": 80,
+        "m": 4,
+        "top_k": 2,
+        "num_experts": 32,
+        "zeros": "v2",
+    },
+    # As long as one token's K and groups are in Qwen3.
+    "one_call_sum_of_wide_groups": {
+        "k": 256,
+        "intermediate": 768,
+        "group_size": 128,
+        "m": 1,
+        "top_k": 8,
+        "num_experts": 8,
+        "n": 264,
         "dtype": "bfloat16",
     },
     "one_call_sum_of_one": {"intermediate": 128, "m": 1, "top_k": 1, "bias": True},

@@ -82,10 +82,12 @@ def test_gate_and_up_as_a_pair_with_their_own_act_order(backend):
     oracle.assert_within(out, *expected(layer))
 
 
+@pytest.mark.parametrize("fields", [{"m": 9}, {"m": 1, "top_k": 4, "intermediate": 96}])
 @pytest.mark.parametrize("wild", [-1, 5, -(2**31), 2**31 - 1])
-def test_wild_ids_of_the_device_contribute_nothing(wild, backend):
+def test_wild_ids_of_the_device_contribute_nothing(wild, fields, backend):
     """Neither their weights (NaN) nor unused experts (NaN scales) nor unwritten rows may leak."""
-    layer = build_layer("wild", m=9)
+    layer = build_layer("wild", **fields)
+    jnp.full(2**20, jnp.nan).block_until_ready()  # what the call's own buffers may be made of
     ids = np.where(layer.gate_up.topk_ids < 2, wild, layer.gate_up.topk_ids).astype(np.int32)
     weights = jnp.where(ids == wild, jnp.nan, layer.routes[1])
     used = [e for e in range(5) if (ids == e).any()]
@@ -151,11 +153,34 @@ def test_vmap_over_layers():
         oracle.assert_within(out[i], *expected(mixed, x=first.x))
 
 
-def test_same_inputs_same_bits():
-    layer = build_layer("bits", m=37, dtype="bfloat16")
-    layer_fn, stacks = jax.jit(moe_ffn), layer.stacks()
-    first = layer_fn(layer.x, *layer.routes, *stacks)
-    np.testing.assert_array_equal(first, layer_fn(layer.x, *layer.routes, *stacks))
+FEW_ROUTES = {"m": 1, "top_k": 8, "num_experts": 9, "k": 512, "intermediate": 768, "n": 512}
+
+
+@pytest.mark.parametrize("fields", [{"m": 37}, FEW_ROUTES])
+def test_same_inputs_same_bits(fields, backend):
+    layer = build_layer("bits", dtype="bfloat16", **fields)
+    layer_fn, stacks = jax.jit(moe_ffn, static_argnames="implementation"), layer.stacks()
+    first, *others = (
+        layer_fn(layer.x, *layer.routes, *stacks, implementation=backend) for _ in range(20)
+    )
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.cuda
+def test_calls_that_follow_each_other_have_the_bits_of_calls_alone():
+    """Kernels start before the one before them ends: none may read what that has yet to write."""
+    layer = build_layer("row", dtype="bfloat16", **FEW_ROUTES)
+    ids, weights = layer.routes
+    calls = [(layer.x * (1 + i / 8), (ids + i) % 9, weights) for i in range(24)]
+
+    @jax.jit
+    def run(calls, stacks):
+        return [moe_ffn(*call, *stacks, implementation="cuda") for call in calls]
+
+    alone = [jax.block_until_ready(run([call], layer.stacks())[0]) for call in calls]
+    for _ in range(10):
+        np.testing.assert_array_equal(run(calls, layer.stacks()), alone)
 
 
 def test_narrow_ids_and_half_precision_weights_are_accepted():

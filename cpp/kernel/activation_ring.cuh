@@ -30,24 +30,25 @@ class ActivationRing {
       : p_(p), tile_(tile), tiles_per_warp_(tiles_per_warp), storage_(storage) {
     const int vector = threadIdx.x % kScaleVectors;
     const int fragment = stack_fragment<Config>(p, tile, vector / 2);
-    const int64_t column_tile = static_cast<int64_t>(tile.expert) * p.stack_n_tiles + fragment / 4;
+    const int warp_k = threadIdx.x / (kScaleVectors * kHalves) % Config::kWarpsK;
+    const int64_t column_tile =
+        static_cast<int64_t>(share(warp_k).expert) * p.stack_n_tiles + fragment / 4;
     scale_offset_ =
         column_tile * p.num_groups * kTile + fragment % 4 * kFragment + vector % 2 * kVector;
   }
 
   // Fills the ring; but for the stage that `advance` requests first, where the ring turns.
-  __device__ __forceinline__ void start() {
-    const int stages = is_whole() ? Config::kStages : Config::kStages - 1;
-#pragma unroll 1  // code that runs once is fetched once
-    for (int stage = 0; stage < stages; ++stage) request();
-  }
+  __device__ __forceinline__ void start() { start(true, true); }
+  // The same in two steps: scales are inputs, x may still be being written.
+  __device__ __forceinline__ void start_scales() { start(false, true); }
+  __device__ __forceinline__ void start_x() { start(true, false); }
 
   // The next stage becomes readable; the stage read before it is refilled.
   __device__ __forceinline__ void advance() {
     if (!is_whole()) {
       ptx::cp_async_wait<Config::kStages - 2>();
       __syncthreads();
-      request();
+      request(true, true);
     } else if (read_stage_ == Config::kStages - 1) {  // the first time
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -59,8 +60,10 @@ class ActivationRing {
   __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int warp_k, int m, int j,
                                                 int half) const {
     const int lane = threadIdx.x % 32;
-    ptx::ldmatrix_x4(b, &storage_.stages.x[read_stage_][warp_k][8 * m + lane % 8]
-                                          [j * kTile + half * kHalf + lane / 8 * 8]);
+    // One row of x stands for 8 equal tokens.
+    const int row = Config::kSumsRoutes ? 0 : 8 * m + lane % 8;
+    ptx::ldmatrix_x4(
+        b, &storage_.stages.x[read_stage_][warp_k][row][j * kTile + half * kHalf + lane / 8 * 8]);
   }
 
   // Scales of rows n = first + g and first + g + 8, where `first` is a multiple of 16.
@@ -84,28 +87,68 @@ class ActivationRing {
     return tiles_per_warp_ <= Config::kStages * Config::kChunk;
   }
 
+  __device__ __forceinline__ void start(bool of_x, bool of_scales) {
+    int stages = is_whole() ? Config::kStages : Config::kStages - 1;
+    if constexpr (Config::kSumsRoutes) {  // its ring is longer than most K
+      stages = min(stages, (tiles_per_warp_ + Config::kChunk - 1) / Config::kChunk);
+    }
+    request_chunk_ = request_stage_ = 0;
+#pragma unroll 1  // code that runs once is fetched once
+    for (int stage = 0; stage < stages; ++stage) request(of_x, of_scales);
+  }
+
   // One commit group a call, also when nothing is left, so that waits count stages.
-  __device__ __forceinline__ void request() {
+  __device__ __forceinline__ void request(bool of_x, bool of_scales) {
     if (request_chunk_ * Config::kChunk < tiles_per_warp_) {
-      request_x();
-      if (kScaleCopies == Config::kThreads || threadIdx.x < kScaleCopies) request_scales();
+      if (of_x) request_x();
+      const bool has_copy = kScaleCopies == Config::kThreads || threadIdx.x < kScaleCopies;
+      if (of_scales && has_copy) request_scales();
     }
     ptx::cp_async_commit();
     ++request_chunk_;
     request_stage_ = request_stage_ + 1 == Config::kStages ? 0 : request_stage_ + 1;
   }
 
+  __device__ __forceinline__ WarpShare share(int warp_k) const {
+    return share_of<Config>(p_, tile_, tiles_per_warp_, warp_k, storage_);
+  }
+
   // First packed K tile of this stage for a warp of K, counted in the whole problem.
   __device__ __forceinline__ int first_k_tile(int warp_k) const {
-    return tile_.k_tile_begin + warp_k * tiles_per_warp_ + request_chunk_ * Config::kChunk;
+    const int begin =
+        Config::kSumsRoutes ? share(warp_k).begin : tile_.k_tile_begin + warp_k * tiles_per_warp_;
+    return begin + request_chunk_ * Config::kChunk;
   }
 
   // End of what a warp of K multiplies: its own share, within this block's part.
   __device__ __forceinline__ int k_tile_end(int warp_k) const {
+    if constexpr (Config::kSumsRoutes) return share(warp_k).end;
     return min(tile_.k_tile_begin + (warp_k + 1) * tiles_per_warp_, tile_.k_tile_end);
   }
 
+  // One vector of this stage's x for a warp of K; what lies past its share is zero.
+  __device__ __forceinline__ void request_vector(const Element* x, bool used, int warp_k, int row,
+                                                 int vector) {
+    const int k = first_k_tile(warp_k) * kTile + vector * kVector;
+    const int k_end = used ? min(k_tile_end(warp_k) * kTile, p_.k) : 0;
+    // A copy of 0 bytes writes zeros but still wants an address inside the array.
+    const int valid = min(max(k_end - k, 0), kVector);
+    ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
+                  x + (valid == 0 ? 0 : k), valid * static_cast<int>(sizeof(Element)));
+  }
+
+  // Each warp of K has a row of its own: that of its route.
+  __device__ __forceinline__ void request_routes() {
+    static_assert(!Config::kSumsRoutes || kRowsAtOnce >= Config::kWarpsK, "a vector a thread");
+    const int vector = threadIdx.x % kRowVectors, warp_k = threadIdx.x / kRowVectors;
+    if (warp_k >= Config::kWarpsK) return;
+    const int route = min(warp_k >> p_.route_shift, p_.routes_of_row - 1);
+    const int64_t row = int64_t{storage_.out_row[0]} * p_.routes_of_row + route;
+    request_vector(static_cast<const Element*>(p_.x) + row * p_.x_stride, true, warp_k, 0, vector);
+  }
+
   __device__ __forceinline__ void request_x() {
+    if constexpr (Config::kSumsRoutes) return request_routes();
     const int vector = threadIdx.x % kRowVectors, first_row = threadIdx.x / kRowVectors;
     // NOTE: unrolled, the addresses of all copies stay live through the main loop and spill.
 #pragma unroll 1
@@ -114,12 +157,7 @@ class ActivationRing {
       const Element* x = static_cast<const Element*>(p_.x) + max(source, 0) * p_.x_stride;
 #pragma unroll 4
       for (int warp_k = 0; warp_k < Config::kWarpsK; ++warp_k) {
-        const int k = first_k_tile(warp_k) * kTile + vector * kVector;
-        const int k_end = source < 0 ? 0 : min(k_tile_end(warp_k) * kTile, p_.k);
-        // A copy of 0 bytes writes zeros but still wants an address inside the array.
-        const int valid = min(max(k_end - k, 0), kVector);
-        ptx::cp_async(&storage_.stages.x[request_stage_][warp_k][row][vector * kVector],
-                      x + (valid == 0 ? 0 : k), valid * static_cast<int>(sizeof(Element)));
+        request_vector(x, source >= 0, warp_k, row, vector);
       }
     }
   }

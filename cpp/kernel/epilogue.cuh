@@ -96,14 +96,17 @@ template <class Config>
 __device__ __forceinline__ void store(const GemmParams& p, int expert, int64_t row, int n,
                                       const float4& sum) {
   using Element = typename Config::Element;
-  const float weight = p.topk_weights == nullptr ? 1.f : p.topk_weights[row];
+  const bool weighted = !Config::kSumsRoutes && p.topk_weights != nullptr;
+  const float weight = weighted ? p.topk_weights[row] : 1.f;
   const int bias_column = n + (p.bias_stride == 0 ? 0 : p.first_tile * kTile);
   const int64_t at = row * p.n + n;
   float values[4] = {sum.x, sum.y, sum.z, sum.w};
   alignas(8) Element narrow[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (n + i < p.n) values[i] = weigh<Config>(p, expert, weight, bias_column + i, values[i]);
+    if (n + i < p.n && !Config::kSumsRoutes) {  // routes have been weighed one by one
+      values[i] = weigh<Config>(p, expert, weight, bias_column + i, values[i]);
+    }
     narrow[i] = Config::from_float(values[i]);
   }
   float* wide_out = static_cast<float*>(p.out) + at;

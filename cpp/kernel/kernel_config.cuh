@@ -17,10 +17,12 @@ struct KernelConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpsN = tile.warps_n();
   static constexpr int kWarpsK = tile.warps_k();
-  static constexpr int kDepth = tile.depth;
+  static constexpr int kDepth = tile.depth_of(bits);
   static constexpr int kChunk = tile.chunk;
   static constexpr int kStages = tile.stages;
   static constexpr int kMinBlocks = tile.blocks_per_sm(bits);
+  static constexpr bool kSumsRoutes = tile.sums_routes;
+  static constexpr int kXRows = kSumsRoutes ? 1 : kTileM;  // of x in shared memory
   // Few tokens: the sum over a packed tile is scaled (4 products for 8 tokens), many: its weights
   // (16 products of two).
   static constexpr bool kScaleSums = tile.tile_m <= 16;
@@ -31,7 +33,7 @@ struct KernelConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kPartialPitch = kColumns + 4;
 
   static_assert(tile.tile_m % 8 == 0, "tokens are the 8-wide side of m16n8k16");
-  static_assert(tile.depth % tile.chunk == 0, "the weight ring turns in whole x stages");
+  static_assert(tile.depth_of(bits) % tile.chunk == 0, "the weight ring turns in whole x stages");
   static_assert(tile.fragments % tile.frags_n == 0, "warps must tile the block's columns");
   static_assert(kWarps % tile.warps_n() == 0, "what warps N leaves split K");
 };

@@ -5,6 +5,7 @@
 
 #include "activation_ring.cuh"
 #include "multiply.cuh"
+#include "route_terms.cuh"
 #include "weight_ring.cuh"
 
 namespace jax_marlin {
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     marlin_gemm(const __grid_constant__ GemmParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
+  if (p.next_fits_beside) ptx::launch_dependents();
   // What the kernel before this one writes is routing tables, awaited here, or x, awaited below, or
   // zeros, awaited before the sums leave.
   if (!p.x_is_pending && !p.zeros_are_pending) ptx::wait_dependencies();
@@ -66,16 +68,26 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const int warp = threadIdx.x / 32;
   const int warp_n = warp % Config::kWarpsN, warp_k = warp / Config::kWarpsN;
   const int part = tile.k_tile_end - tile.k_tile_begin;
-  const int tiles_per_warp = (part + Config::kWarpsK - 1) / Config::kWarpsK;
+  const int warps = warps_of_product<Config>(p);
+  const int tiles_per_warp = (part + warps - 1) / warps;
+  const WarpShare share = share_of<Config>(p, tile, tiles_per_warp, warp_k, storage);
 
-  WeightRing<Config> weights(p, tile, tiles_per_warp, warp_n, warp_k);
-  if (p.x_is_pending) ptx::wait_dependencies();
-  // NOTE: x before the weights: requested after them it waits behind megabytes.
+  WeightRing<Config> weights(p, tile, share, warp_n);
   ActivationRing<Config> x(p, tile, tiles_per_warp, storage);
-  x.start();
-#pragma unroll
-  for (int slot = 0; slot < Config::kDepth; ++slot) weights.request(slot);
-  weights.advance();
+  RouteTerms<Config> terms;
+  if constexpr (Config::kSumsRoutes) {
+    // All but x is an input of the layer, and on its way while the kernel before this one runs.
+    x.start_scales();
+    weights.start();
+    terms.fetch(p, tile, warp_n, warp_k, storage);
+    if (p.x_is_pending) ptx::wait_dependencies();
+    x.start_x();
+  } else {
+    if (p.x_is_pending) ptx::wait_dependencies();
+    // NOTE: x before the weights: requested after them it waits behind megabytes.
+    x.start();
+    weights.start();
+  }
 
   Accumulator<Config> acc = {};
   if (Config::kScaleSums && p.group_size % kTile == 0) {
@@ -83,9 +95,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   } else {
     multiply_tiles<Config, false>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
   }
-  // Not earlier: blocks of the next kernel would take what room there is, here more and there less.
+  // Not earlier, unless the next kernel fits beside all of this one: its blocks would take what
+  // room there is, here more and there less.
   ptx::launch_dependents();
   if (p.zeros_are_pending) ptx::wait_dependencies();
+  terms.weigh(p, acc);
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }
 

@@ -39,6 +39,8 @@ struct GemmParams {
   float groups_per_half;       // kHalf / group_size
   int moe_block_size;          // slots of one routing block
   int row_divisor;             // routed: slot id s reads x[s / row_divisor]
+  int routes_of_row;           // where the tile sums routes: of topk_ids, to one row of out
+  int route_shift;             // and 2^route_shift warps of a block share a route
   int sub_blocks;              // row blocks of one routing block
   int n_blocks;                // blocks along the columns
   int split_k;                 // blocks that share one output tile
@@ -47,6 +49,7 @@ struct GemmParams {
   bool columns_first;  // blocks with neighbouring columns run together, not those of rows
   bool x_is_pending;  // the kernel before this one, still running, writes x
   bool zeros_are_pending;  // it zeroes arrivals or out
+  bool next_fits_beside;  // the kernel after this one has room while this one runs: it starts early
   bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
 };
 

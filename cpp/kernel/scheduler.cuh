@@ -15,6 +15,32 @@ struct WorkTile {
   int k_tile_end;
 };
 
+// What one warp of K multiplies: packed K tiles [begin, end) of an expert.
+struct WarpShare {
+  int expert, begin, end;
+};
+
+// How many warps of K share a product: all of the block's, or, where the tile sums routes, those of
+// one route; the warps that remain then have none.
+template <class Config>
+__device__ __forceinline__ int warps_of_product(const GemmParams& p) {
+  return Config::kSumsRoutes ? 1 << p.route_shift : Config::kWarpsK;
+}
+
+template <class Config>
+__device__ __forceinline__ WarpShare share_of(const GemmParams& p, const WorkTile& tile,
+                                              int tiles_per_warp, int warp_k,
+                                              const SharedStorage<Config>& storage) {
+  if constexpr (Config::kSumsRoutes) {
+    const int begin = (warp_k & (warps_of_product<Config>(p) - 1)) * tiles_per_warp;
+    const int expert = storage.route_expert[warp_k];
+    return {max(expert, 0), begin, expert < 0 ? begin : min(begin + tiles_per_warp, p.k_tiles)};
+  } else {
+    const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
+    return {tile.expert, begin, min(begin + tiles_per_warp, tile.k_tile_end)};
+  }
+}
+
 // The stack's column fragment that a block's fragment f is. A gated block takes as many of gate as
 // of up, in pairs of the same columns. Past the end the last one is repeated, and never stored.
 template <class Config>
@@ -69,6 +95,19 @@ __device__ __forceinline__ int seek_rows(const GemmParams& p, int row_block,
   return expert;
 }
 
+// A token whose routes are summed: which expert each warp of K takes.
+template <class Config>
+__device__ __forceinline__ void seek_routes(const GemmParams& p, int token,
+                                            SharedStorage<Config>& storage) {
+  const int i = threadIdx.x;
+  if (i < Config::kTileM) storage.out_row[i] = i == 0 ? token : -1;
+  if (i < Config::kWarpsK) {
+    const int route = i >> p.route_shift;
+    const int id = route < p.routes_of_row ? p.topk_ids[token * p.routes_of_row + route] : -1;
+    storage.route_expert[i] = id < p.num_experts ? max(id, -1) : -1;
+  }
+}
+
 // False when this block has nothing to do; the same answer for all its threads.
 template <class Config>
 __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>& storage,
@@ -77,7 +116,12 @@ __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>&
   tile.split = blockIdx.z;
   tile.column_block = p.columns_first ? blockIdx.x : blockIdx.y;
   tile.index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  tile.expert = seek_rows<Config>(p, row_block, storage);
+  if constexpr (Config::kSumsRoutes) {
+    tile.expert = 0;
+    seek_routes<Config>(p, row_block, storage);
+  } else {
+    tile.expert = seek_rows<Config>(p, row_block, storage);
+  }
 
   const int per_split = (p.k_tiles + p.split_k - 1) / p.split_k;
   tile.k_tile_begin = tile.split * per_split;

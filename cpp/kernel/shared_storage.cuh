@@ -19,7 +19,7 @@ struct SharedStorage {
 
   // Stages of the K loop; the partial sums of the warps take their place after it.
   struct Stages {
-    alignas(16) Element x[Config::kStages][Config::kWarpsK][Config::kTileM][Config::kXPitch];
+    alignas(16) Element x[Config::kStages][Config::kWarpsK][Config::kXRows][Config::kXPitch];
     alignas(16) Element scales[Config::kStages][Config::kWarpsK][kHalves][Config::kColumns];
     alignas(16) Element zero_points[kStored ? Config::kStages : 1][kStored ? Config::kWarpsK : 1]
                                    [kStored ? kHalves : 1][kStored ? Config::kColumns : 8];
@@ -31,6 +31,7 @@ struct SharedStorage {
   int source_row[Config::kTileM];  // row of x; -1 for padding
   int out_row[Config::kTileM];     // row of out; -1 for padding
   bool is_last;                    // this block arrived last at its output tile
+  int route_expert[Config::kSumsRoutes ? Config::kWarpsK : 1];  // of each warp of K; -1 for none
 };
 
 }  // namespace jax_marlin

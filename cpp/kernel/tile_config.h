@@ -17,10 +17,15 @@ struct TileConfig {
   int chunk;       // packed K tiles of one x stage
   int stages;      // x and scale stages in shared memory
   int min_blocks;  // blocks of one SM that the register budget must allow
+  // Warps of K take the routes of one token, each its own expert, instead of parts of one K: their
+  // sum is the layer's.
+  bool sums_routes = false;
 
-  // 8-bit words need twice the registers of the ring, so fewer blocks fit.
+  // 8-bit words need twice the registers: of a ring half as deep where routes are summed, else of a
+  // multiprocessor with fewer blocks.
+  constexpr int depth_of(int bits) const { return sums_routes ? depth * 4 / bits : depth; }
   constexpr int blocks_per_sm(int bits) const {
-    return bits == 4 ? min_blocks : (min_blocks + 1) / 2;
+    return bits == 4 || sums_routes ? min_blocks : (min_blocks + 1) / 2;
   }
   constexpr int warps_n() const { return fragments / frags_n; }
   constexpr int warps_k() const { return kWarps / warps_n(); }

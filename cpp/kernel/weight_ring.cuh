@@ -12,22 +12,21 @@ namespace jax_marlin {
 template <class Config>
 class WeightRing {
  public:
-  // warp_n, warp_k: this warp's place along the columns and along K.
+  // warp_n: this warp's place along the columns.
   __device__ __forceinline__ WeightRing(const GemmParams& p, const WorkTile& tile,
-                                        int tiles_per_warp, int warp_n, int warp_k) {
-    const int begin = tile.k_tile_begin + warp_k * tiles_per_warp;
-    remaining_ = min(begin + tiles_per_warp, tile.k_tile_end) - begin;
+                                        const WarpShare& share, int warp_n)
+      : remaining_(share.end - share.begin) {
 #pragma unroll
     for (int f = 0; f < Config::kFragsN; ++f) {
       const int fragment = stack_fragment<Config>(p, tile, warp_n * Config::kFragsN + f);
       const int64_t column_tile =
-          static_cast<int64_t>(tile.expert) * p.stack_n_tiles + fragment / 4;
+          static_cast<int64_t>(share.expert) * p.stack_n_tiles + fragment / 4;
       const int thread = 32 * (fragment % 4) + threadIdx.x % 32;
-      source_[f] = p.qweight + (column_tile * p.k_tiles + begin) * Config::kWordsPerTile +
+      source_[f] = p.qweight + (column_tile * p.k_tiles + share.begin) * Config::kWordsPerTile +
                    thread * 4 * Config::kVectors;
       // While x is still being written, the first turn of the ring can be on its way to L2. More
-      // would push out what other blocks wait for.
-      if (p.x_is_pending && thread == 0 && remaining_ > 0) {
+      // would push out what other blocks wait for. A sum over routes requests it outright.
+      if (!Config::kSumsRoutes && p.x_is_pending && thread == 0 && remaining_ > 0) {
         ptx::prefetch_l2(source_[f], min(remaining_, Config::kDepth) * Config::kWordsPerTile * 4);
       }
     }
@@ -45,6 +44,13 @@ class WeightRing {
         }
       }
     }
+  }
+
+  // The ring's first turn.
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (int slot = 0; slot < Config::kDepth; ++slot) request(slot);
+    advance();
   }
 
   // After all slots have been requested once: the ring's next turn.

@@ -22,6 +22,9 @@ GemmKernel gemm_kernel() {
 template <class Element, int bits, ZeroPoints zero_points, int... tiles>
 GemmKernel find_gemm_kernel(int tile, std::integer_sequence<int, tiles...>) {
   GemmKernel kernel = {};
+  if (tile == kRoutesTileIndex) {
+    kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, kRoutesTile>>();
+  }
   ((tile == tiles
         ? void(kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, kTileTable[tiles]>>())
         : void()),

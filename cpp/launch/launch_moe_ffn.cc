@@ -2,19 +2,28 @@
 
 #include "launch_moe_ffn.h"
 
+#include "../kernel/tile_config.h"
+#include "select_layer.h"
+
 namespace jax_marlin {
 namespace {
 
-// Few routes rarely meet at one expert, and tables cost a launch: then each route is a block.
-bool needs_tables(const MoeFfnLaunch& layer) {
-  return layer.combine.tokens > 1 && 4 * int64_t{layer.align.routes} > layer.align.num_experts;
-}
-
-GemmProblem problem_of(const GemmLaunch& gemm, const AlignParams& align) {
-  const GemmParams& p = gemm.params;
-  const bool gated = p.activation != Activation::kNone;
-  return {p.slots,      p.moe_block_size, p.k, gated ? 2 * p.n : p.n, gemm.bits, gated,
-          align.routes, align.num_experts};
+LayerProblem problem_of(const MoeFfnLaunch& layer) {
+  const GemmParams &gate_up = layer.gate_up.params, &down = layer.down.params;
+  const AlignParams& align = layer.align;
+  LayerProblem problem = {};
+  problem.tokens = layer.combine.tokens;
+  problem.top_k = layer.combine.top_k;
+  problem.num_experts = align.num_experts;
+  problem.hidden = gate_up.k;
+  problem.intermediate = down.k;
+  problem.columns = down.n;
+  problem.gate_up_bits = layer.gate_up.bits;
+  problem.down_bits = layer.down.bits;
+  problem.down_gathers = layer.down_perm != nullptr;
+  problem.slots = align.slots;
+  problem.moe_block_size = align.moe_block_size;
+  return problem;
 }
 
 void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
@@ -32,17 +41,27 @@ void set_routing(GemmParams& p, const AlignParams& align, bool tables) {
   }
 }
 
+// down's routes summed to rows of out: no rows of their own, and no launch to sum them.
+void sum_in_down(MoeFfnLaunch& layer) {
+  GemmParams& p = layer.down.params;
+  p.out = layer.combine.out;
+  p.out_rows = layer.combine.tokens;
+  p.out_is_float32 = false;
+  p.routes_of_row = layer.combine.top_k;
+  while (p.routes_of_row << (p.route_shift + 1) <= kWarps) ++p.route_shift;
+}
+
 // x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
-cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* gathered, Order order,
-                   cudaStream_t stream) {
+cudaError_t gather(GemmParams& p, const int* perm, const AlignParams& align, void* gathered,
+                   Order order, cudaStream_t stream) {
   GatherParams g = {};
   g.x = static_cast<const uint16_t*>(p.x);
   g.perm = perm;
-  g.topk_ids = topk_ids;
+  g.topk_ids = align.topk_ids;
   g.gathered = static_cast<uint16_t*>(gathered);
   g.x_stride = p.x_stride;
-  g.out_rows = p.out_rows;
-  g.slots = static_cast<int>(p.out_rows);
+  g.out_rows = align.routes;
+  g.slots = align.routes;
   g.k = p.k;
   g.num_experts = p.num_experts;
   g.row_divisor = p.row_divisor;
@@ -55,17 +74,19 @@ cudaError_t gather(GemmParams& p, const int* perm, const int* topk_ids, void* ga
 }  // namespace
 
 void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device) {
-  const bool tables = needs_tables(layer);
+  const LayerChoice choice = select_layer(problem_of(layer), device);
   for (GemmLaunch* gemm : {&layer.gate_up, &layer.down}) {
-    set_routing(gemm->params, layer.align, tables);
-    gemm->choice = select_tile(problem_of(*gemm, layer.align), device);
+    set_routing(gemm->params, layer.align, choice.tables);
   }
+  layer.gate_up.choice = choice.gate_up;
+  layer.gate_up.params.next_fits_beside = choice.down_fits_beside;
+  layer.down.choice = choice.down;
   layer.down.params.x_is_pending = true;
+  if (choice.sums_routes) sum_in_down(layer);
 }
 
 cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
   GemmLaunch gate_up = layer.gate_up, down = layer.down;
-  const int* topk_ids = layer.align.topk_ids;
   // First, so that nothing stands between two kernels that overlap.
   cudaError_t status = clear_arrivals(down, stream);  // gate_up's K is never split here
   Order order = arrivals_bytes(down.choice) == 0 ? Order::kAfter : Order::kOverlap;
@@ -77,14 +98,15 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
     follow(launch_align(layer.align, stream));
   }
   if (status == cudaSuccess && layer.gate_up_perm != nullptr) {
-    follow(gather(gate_up.params, layer.gate_up_perm, topk_ids, layer.gathered_x, order, stream));
+    follow(
+        gather(gate_up.params, layer.gate_up_perm, layer.align, layer.gathered_x, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(gate_up, order, stream));
   if (status == cudaSuccess && layer.down_perm != nullptr) {
-    follow(gather(down.params, layer.down_perm, topk_ids, layer.gathered_hidden, order, stream));
+    follow(gather(down.params, layer.down_perm, layer.align, layer.gathered_hidden, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(down, order, stream));
-  if (status == cudaSuccess) {
+  if (status == cudaSuccess && down.params.routes_of_row == 0) {
     follow(launch_combine(layer.combine, down.element, order, stream));
   }
   return status;

@@ -9,7 +9,7 @@ namespace jax_marlin {
 struct MoeFfnLaunch {
   // Leaves, sizes and outputs; launch_moe_ffn fills in the routing and the tile choices.
   GemmLaunch gate_up;             // x -> hidden, gated
-  GemmLaunch down;                // hidden -> rows
+  GemmLaunch down;                // hidden -> rows, or to out where down sums them
   AlignParams align;
   CombineParams combine;
   const int* gate_up_perm;        // [num_experts, k] act-order, or null
@@ -18,7 +18,7 @@ struct MoeFfnLaunch {
   void* gathered_hidden;          // [tokens * top_k, x_stride] where down_perm
 };
 
-// Completes `layer` for `device`: tables or none, tiles, splits.
+// Completes `layer` for `device`, as select_layer says.
 void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device);
 cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream);
 

@@ -96,18 +96,22 @@ int select_split(const GemmProblem& problem, const TileChoice& choice, int sm_co
 
 }  // namespace
 
+TileChoice tile_choice(const GemmProblem& problem, int tile, int sm_count) {
+  const TileConfig& config = kTileTable[tile];
+  TileChoice choice;
+  choice.tile = tile;
+  choice.sub_blocks =
+      static_cast<int>(std::max<int64_t>(ceil_div(problem.moe_block_size, config.tile_m), 1));
+  choice.row_blocks = row_blocks(problem, config);
+  choice.n_blocks = static_cast<int>(ceil_div(problem.n, config.columns()));
+  choice.split_k = select_split(problem, choice, sm_count);
+  return choice;
+}
+
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   const int sm_count = device.sm_count;
   if (device.has_wgmma && prefers_wgmma(problem)) return select_wgmma_tile(problem, sm_count);
-  TileChoice choice;
-  choice.tile = select_width(problem, sm_count);
-  const TileConfig& tile = kTileTable[choice.tile];
-  choice.sub_blocks =
-      static_cast<int>(std::max<int64_t>(ceil_div(problem.moe_block_size, tile.tile_m), 1));
-  choice.row_blocks = row_blocks(problem, tile);
-  choice.n_blocks = static_cast<int>(ceil_div(problem.n, tile.columns()));
-  choice.split_k = select_split(problem, choice, sm_count);
-  return choice;
+  return tile_choice(problem, select_width(problem, sm_count), sm_count);
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {

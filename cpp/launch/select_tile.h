@@ -32,6 +32,8 @@ struct TileChoice {
 };
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);
+// What a row of kTileTable makes of a problem, best or not.
+TileChoice tile_choice(const GemmProblem& problem, int tile, int sm_count);
 
 // Scratch layout: arrivals first, one int an output tile, then the partial sums.
 int64_t arrivals_bytes(const TileChoice& choice);

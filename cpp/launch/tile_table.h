@@ -82,4 +82,17 @@ constexpr TileConfig kTileTable[] = {
 };
 constexpr int kNumTiles = sizeof(kTileTable) / sizeof(kTileTable[0]);
 
+// The sum over a token's routes, which is the second half of a layer. As narrow as a fragment, so
+// that few columns still reach every multiprocessor; so deep that all 768 of Qwen3's K are in
+// flight before x is there, in what two blocks of gate_up leave of the registers.
+constexpr TileConfig kRoutesTile = {.tile_m = 8,
+                                    .fragments = 1,
+                                    .frags_n = 1,
+                                    .depth = 12,
+                                    .chunk = 3,
+                                    .stages = 8,
+                                    .min_blocks = 2,
+                                    .sums_routes = true};
+constexpr int kRoutesTileIndex = kNumTiles;  // in place of a row of the table
+
 }  // namespace jax_marlin

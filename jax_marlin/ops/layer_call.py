@@ -126,7 +126,7 @@ def _custom_call(
     results = [
         ((num_tokens, down_spec.n), x.dtype),
         ((routes, down_spec.k), x.dtype),  # hidden
-        ((routes, down_spec.n), np.float32),  # weighted rows, before their sum
+        ((routes, down_spec.n), np.float32),  # weighted rows, unless down sums them
         ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order
         ((routes, down_spec.k) if leaves[8].size else (0,), x.dtype),  # hidden in act-order
         ((num_slots,), np.int32),  # sorted_token_ids
