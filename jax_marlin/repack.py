@@ -9,7 +9,7 @@ By index bits, named as in `layout`, with c = 2 c1 + c0:
 
 An exchange swaps one bit that chooses a word with one that chooses a place, for all words at once.
 At 4 bit three do it: b with l (which then chooses a word), l with c1, h with c0. At 8 bit two do: h
-with c0, b with l. What remains is to store words in another order, in runs of four. All of it runs
+with c0, b with l. What remains is to store words in another order, in fours. All of it runs
 on blocks that stay in the cache, where NumPy lets go of the interpreter's lock.
 """
 
@@ -24,7 +24,8 @@ from jax_marlin.words import exchange
 # interpreter's lock to and fro so often that two are slower than one.
 _BLOCK_WORDS = 2**18
 _LINE = 16  # words of a line of the cache
-_RUN = np.dtype(np.complex128)  # 16 bytes, four words, which NumPy moves as one item
+_RUN = np.dtype("V32")  # eight words along g, which NumPy moves as one item
+_QUAD = np.dtype(np.complex128)  # four words along j, likewise
 
 
 def pack_words(words: np.ndarray, bits: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -88,11 +89,10 @@ def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     rows, n = words.shape
     k_tiles, n_tiles = rows * 32 // bits // TILE, n // TILE
     last = 1 if bits == 4 else 2  # c1 stands in the row at 8 bit
-    # x[h, b]: [kt, j, c1, nt, w, g], moved as runs of four words along g
-    runs = words.view(_RUN).reshape(k_tiles * 4, 2, last, n // 16, 2, 2)
-    parts = np.empty((2, 2, k_tiles * 4, last, n // 16, 2), _RUN)
-    for h, b, half in np.ndindex(2, 2, 2):
-        parts[h, b, ..., half] = runs[:, h, :, :, b, half]
+    # x[h, b]: [kt, j, c1, nt, w, g]
+    runs = words.view(_RUN).reshape(k_tiles * 4, 2, last, n // 16, 2)
+    parts = np.empty((2, 2, k_tiles * 4, last, n // 16), _RUN)
+    parts[...] = runs.transpose(1, 4, 0, 2, 3)
     x = parts.view(np.uint32).reshape(2, 2, -1)
     scratch = np.empty_like(x[0])
     if bits == 4:
@@ -110,7 +110,7 @@ def _pack_block(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     quads = np.empty((*lead, k_tiles, columns, 4), np.uint32)
     for place in range(4):  # one after the other, so that NumPy's inner loop is long
         quads[..., place] = planes[..., place // 2, place % 2]
-    quads = quads.view(_RUN).reshape(*lead, k_tiles, n_tiles, 32)
-    tiles = out.view(_RUN).reshape(n_tiles, k_tiles, 32, *lead)
+    quads = quads.view(_QUAD).reshape(*lead, k_tiles, n_tiles, 32)
+    tiles = out.view(_QUAD).reshape(n_tiles, k_tiles, 32, *lead)
     for place in np.ndindex(*lead):
         tiles[(..., *place)] = quads[place].swapaxes(0, 1)

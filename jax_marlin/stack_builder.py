@@ -13,10 +13,9 @@ from jax.typing import DTypeLike
 from jax_marlin.canonical import SCALE_DTYPES, CanonicalLinear, is_identity, same_perm
 from jax_marlin.host_arrays import aligned_zeros
 from jax_marlin.layout import TILE, pack_columns
+from jax_marlin.pack_canonical import pack_canonical
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.repack import pack_words
 from jax_marlin.weights import MarlinExpertStack
-from jax_marlin.words import one_in_every_field
 
 
 class StackBuilder:
@@ -117,7 +116,7 @@ class StackBuilder:
 
         scales = self._cast(canonical.scales, "scales", where)
         leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
-        pack_words(_padded_words(canonical, spec), spec.bits, leaves["qweight"][e, first:last])
+        pack_canonical(canonical, spec, leaves["qweight"][e, first:last])
 
         neutral = spec.symmetric_zero_point
         if canonical.zero_points is not None:
@@ -240,26 +239,3 @@ def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
     """[G, n] to [G, a multiple of 64]."""
     fill = -a.shape[1] % TILE
     return np.pad(a, ((0, 0), (0, fill)), constant_values=value) if fill else a
-
-
-def _padded_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:
-    """The words of all tiles, uint32 [K to 64 / P, N to 64].
-
-    Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
-    """
-    words, factor = canonical.words, spec.pack_factor
-    shape = (spec.k_tiles * TILE // factor, spec.n_tiles * TILE)
-    if words.shape == shape and spec.k % factor == 0:
-        return words
-    one, zero_point = one_in_every_field(spec.bits), np.uint32(spec.symmetric_zero_point)
-    padded = np.full(shape, one * zero_point, np.uint32)
-    full, left = divmod(spec.k, factor)  # words of a column that are full, codes in the next one
-    padded[:full, : spec.n] = words[:full]
-    last_group = padded[-1:, : spec.n]
-    if canonical.zero_points is not None:
-        last_group = one * canonical.zero_points[-1:].astype(np.uint32)
-    padded[full:, : spec.n] = last_group
-    if left:
-        live = np.uint32(2 ** (spec.bits * left) - 1)
-        padded[full, : spec.n] = (words[full] & live) | (last_group[0] & ~live)
-    return padded
