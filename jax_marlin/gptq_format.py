@@ -153,9 +153,11 @@ def _zero_points(
         )
     middle = spec.symmetric_zero_point
     if symmetric:
-        stored = _unpack_columns(words, spec.bits)[:, : spec.n]
-        first = int(stored[0, 0])
+        first = int(words[0, 0]) % 2**spec.bits
         reference = first if first in (middle - 1, middle) else middle - 1
+        if bool((words == one_in_every_field(spec.bits) * np.uint32(reference)).all()):
+            return None
+        stored = _unpack_columns(words, spec.bits)[:, : spec.n]  # last words may hold fewer
         wrong = np.argwhere(stored != reference)
         if wrong.size:
             group, column = (int(i) for i in wrong[0])
