@@ -1,6 +1,8 @@
-"""The words of one weight to packed tiles: filled up to whole tiles, then packed as they stand."""
+"""The words of weights to packed tiles: filled up to whole tiles, then packed as they stand."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,32 +14,39 @@ from jax_marlin.repack_rows import pack_awq_words, pack_words_in_order
 from jax_marlin.words import AWQ_COLUMNS, one_in_every_field, pack_awq
 
 
-def pack_canonical(canonical: CanonicalLinear, spec: QuantSpec, out: np.ndarray) -> None:
-    """Packs a weight's codes, rows in group order.
+def pack_canonical(weights: Sequence[CanonicalLinear], spec: QuantSpec, out: np.ndarray) -> None:
+    """Packs the codes of E weights, rows in group order.
 
     Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
 
     Args:
-        canonical: a weight that fits `spec`.
-        spec: what it is.
-        out: uint32 [N/64, K/64, 512 or 1024] to write to, both rounded up.
+        weights: what fits `spec`.
+        spec: what each is.
+        out: uint32 [E, N/64, K/64, 512 or 1024] to write to, both rounded up.
 
     >>> spec = QuantSpec.create(bits=4, group_size=32, k=32, n=8)
     >>> weight = CanonicalLinear.from_codes(
     ...     np.full((32, 8), 3, np.uint8), np.ones((1, 8), np.float32), bits=4
     ... )
-    >>> out = np.empty((1, 1, 512), np.uint32)
-    >>> pack_canonical(weight, spec, out)
-    >>> hex(out[0, 0, 0]), hex(out[0, 0, 2])  # rows 0 to 15 of columns 0 and 8, rows 32 to 47
+    >>> out = np.empty((1, 1, 1, 512), np.uint32)
+    >>> pack_canonical([weight], spec, out)
+    >>> hex(out[0, 0, 0, 0]), hex(out[0, 0, 0, 2])  # rows 0 to 15 of columns 0 and 8, 32 to 47
     ('0x83838383', '0x88888888')
     """
-    if canonical.awq:
-        pack_awq_words(_padded_awq_words(canonical, spec), out)
-    elif canonical.perm is None:
-        pack_words(_padded_words(canonical, spec), spec.bits, out)
+    if len({(weight.awq, weight.perm is None) for weight in weights}) > 1:
+        for e, weight in enumerate(weights):
+            pack_canonical([weight], spec, out[e : e + 1])
+    elif weights[0].awq:
+        pack_awq_words([_padded_awq_words(weight, spec) for weight in weights], out)
     else:
-        order = np.concatenate([canonical.perm, np.arange(spec.k, spec.k_tiles * TILE)])
-        pack_words_in_order(_padded_words(canonical, spec), order, spec.bits, out)
+        words = [_padded_words(weight, spec) for weight in weights]
+        perms = [weight.perm for weight in weights if weight.perm is not None]
+        if not perms:
+            pack_words(words, spec.bits, out)
+            return
+        padding = np.arange(spec.k, spec.k_tiles * TILE)
+        orders = [np.concatenate([perm, padding]) for perm in perms]
+        pack_words_in_order(words, orders, spec.bits, out)
 
 
 def _padded_awq_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:

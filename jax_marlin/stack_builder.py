@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -104,34 +104,65 @@ class StackBuilder:
                 `columns` are off the tiles, or two column ranges have different permutations.
         """
         where = f"StackBuilder.set_expert({e})" if where is None else where
+        self.set_experts(range(e, e + 1), [canonical], [where], columns)
+
+    def set_experts(
+        self,
+        experts: range,
+        weights: Sequence[CanonicalLinear],
+        wheres: Sequence[str],
+        columns: slice | None = None,
+    ) -> None:
+        """`set_expert` of experts that follow one another; small ones are packed sooner together.
+
+        Args:
+            experts: which, each 0 <= e < E.
+            weights: of each.
+            wheres: of each the module that errors are reported for.
+            columns: see `set_expert`.
+
+        Raises:
+            IndexError, TypeError, ValueError: as `set_expert`.
+        """
         leaves = self._open_leaves()
-        if not 0 <= e < self._num_experts:
-            raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
-        start, stop = _column_range(columns, self._spec.n, where)
+        start, stop = _column_range(columns, self._spec.n, wheres[0])
         spec = dataclasses.replace(self._spec, n=stop - start)
-        canonical.check(spec, where)
-        first, last = start // TILE, start // TILE + spec.n_tiles
-        others = np.delete(self._written[e], slice(first, last))
+        tiles = slice(start // TILE, start // TILE + spec.n_tiles)
+        for e, canonical, where in zip(experts, weights, wheres, strict=True):
+            if not 0 <= e < self._num_experts:
+                raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
+            canonical.check(spec, where)
+            self._set_groups(e, canonical, where, spec, tiles, slice(start, stop))
+        packed = leaves["qweight"][experts.start : experts.stop, tiles]
+        pack_canonical(weights, spec, packed)
+        self._written[experts.start : experts.stop, tiles] = True
+
+    def _set_groups(
+        self,
+        e: int,
+        canonical: CanonicalLinear,
+        where: str,
+        spec: QuantSpec,
+        tiles: slice,
+        columns: slice,
+    ) -> None:
+        """Writes all of an expert but its codes."""
+        leaves, neutral = self._open_leaves(), spec.symmetric_zero_point
+        others = np.delete(self._written[e], tiles)
         self._set_perm(e, canonical.perm, bool(others.any()), where)
-
         scales = self._cast(canonical.scales, "scales", where)
-        leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
-        pack_canonical(canonical, spec, leaves["qweight"][e, first:last])
-
-        neutral = spec.symmetric_zero_point
+        leaves["scales"][e, tiles] = pack_columns(_pad_columns(scales, 0))
         if canonical.zero_points is not None:
             leaf = self._optional_leaf("zero_points")
-            leaf[e, first:last] = pack_columns(_pad_columns(canonical.zero_points, neutral))
+            leaf[e, tiles] = pack_columns(_pad_columns(canonical.zero_points, neutral))
         elif leaves["zero_points"] is not None:
-            leaves["zero_points"][e, first:last] = neutral
-
+            leaves["zero_points"][e, tiles] = neutral
         if canonical.bias is not None:
             bias = self._cast(canonical.bias, "bias", where)
             leaf = self._optional_leaf("bias")
-            leaf[e, start:stop] = bias
+            leaf[e, columns] = bias
         elif leaves["bias"] is not None:
-            leaves["bias"][e, start:stop] = 0
-        self._written[e, first:last] = True
+            leaves["bias"][e, columns] = 0
 
     def finish(self) -> MarlinExpertStack:
         """Moves the leaves to the default device one by one, freeing the host's; ends the builder.

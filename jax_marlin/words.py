@@ -17,6 +17,9 @@ import numpy as np
 # every second field of `shift` bits in a word, the lower ones
 _LOWER = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
 
+# Words packed at once, of one expert or of several. Smaller blocks stay in a core's own cache, but
+# threads then hand the interpreter's lock to and fro so often that two are slower than one.
+WORDS_AT_ONCE = 2**19
 AWQ_COLUMNS = 8  # of a word
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of them stands in bits 4 * places[j] and three on
 

@@ -30,12 +30,13 @@ def as_awq(weight: CanonicalLinear) -> CanonicalLinear:
     return dataclasses.replace(weight, words=pack_awq(weight.codes), awq=True)
 
 
-def tiles_of(weight: CanonicalLinear) -> np.ndarray:
-    (k, n), bits = weight.shape, weight.bits
+def tiles_of(*weights: CanonicalLinear) -> np.ndarray:
+    (k, n), bits = weights[0].shape, weights[0].bits
     spec = QuantSpec.create(bits=bits, group_size=GROUP, k=k, n=n)
-    weight.check(spec, "test")
-    out = np.zeros((spec.n_tiles, spec.k_tiles, spec.words_per_tile), np.uint32)
-    pack_canonical(weight, spec, out)
+    for weight in weights:
+        weight.check(spec, "test")
+    out = np.zeros((len(weights), spec.n_tiles, spec.k_tiles, spec.words_per_tile), np.uint32)
+    pack_canonical(weights, spec, out)
     return out
 
 
@@ -56,8 +57,17 @@ def test_tiles_hold_the_codes_and_the_zero_point(k, n, zeros, form):
     if form == "awq":
         weight = as_awq(weight)
     np.testing.assert_array_equal(
-        unpack_tiles(tiles_of(weight), bits), padded_codes(weight), strict=True
+        unpack_tiles(tiles_of(weight)[0], bits), padded_codes(weight), strict=True
     )
+
+
+def test_weights_of_several_forms_are_packed_together():
+    k, n = 96, 72
+    plain, in_order = random_weight(k, n), random_weight(k, n, order=True)
+    weights = [plain, in_order, as_awq(plain), in_order]
+    for chosen in (weights, weights[1::2], [plain, plain]):
+        expected = np.concatenate([tiles_of(weight) for weight in chosen])
+        np.testing.assert_array_equal(tiles_of(*chosen), expected)
 
 
 def test_a_window_of_awq_words():
