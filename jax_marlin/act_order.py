@@ -68,6 +68,8 @@ def perm_from_g_idx(g_idx: np.ndarray, *, k: int, group_size: int, where: str) -
             f"{where}: g_idx gives group {group} {int(rows_of_group[group])} rows, expected "
             f"{int(expected[group])}; is group_size={group_size} right?"
         )
+    if num_groups <= 2**16:
+        g_idx = g_idx.astype(np.uint16)  # of which NumPy's stable sort takes a third of the time
     perm = np.argsort(g_idx, kind="stable").astype(np.int32)
     return None if bool((perm == np.arange(k)).all()) else perm
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.words import pack_rows, unpack_rows
+from jax_marlin.words import AWQ_COLUMNS, pack_rows, unpack_awq, unpack_rows
 
 SCALE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
 
@@ -22,14 +22,17 @@ class CanonicalLinear:
         W[perm[i], n] = scales[g, n] * (codes[i, n] - zero_points[g, n])
 
     Attributes:
-        words: uint32 [ceil(K / P), N], the codes, P neighbours along K in a word, the first lowest;
-            rows in group order (act-order rows sorted by group). Fields past K hold anything.
+        words: uint32, the codes in the order of the weight's rows, as a file holds them: [ceil(K /
+            P), N], P neighbours along K in a word, the first lowest, fields past K anything; or
+            with `awq` [K, N / 8], 8 neighbours along N in a word (`words.unpack_awq`).
         scales: float16, bfloat16 or float32 [G, N], finite; may be negative or zero.
         zero_points: uint8 [G, N], below `2**bits`; None: symmetric, `2**(bits - 1)` everywhere.
-        perm: int32 [K], row i of the codes is row `perm[i]` of the weight; None means in order.
+        perm: int32 [K], row i of the codes, which are sorted by group, is row `perm[i]` of the
+            weight; None means in order.
         bias: float [N], or None.
         bits: 4 or 8.
         k: K.
+        awq: how words hold codes.
     """
 
     words: np.ndarray
@@ -39,6 +42,7 @@ class CanonicalLinear:
     bias: np.ndarray | None = None
     bits: int = dataclasses.field(kw_only=True)
     k: int = dataclasses.field(kw_only=True)
+    awq: bool = dataclasses.field(default=False, kw_only=True)
 
     @classmethod
     def from_codes(
@@ -70,18 +74,19 @@ class CanonicalLinear:
         ((4, 2), True)
         """
         _check_codes(codes, "codes", bits, where)
-        words = pack_rows(codes, bits)
+        words = pack_rows(codes if perm is None else codes[np.argsort(perm)], bits)
         return cls(words, scales, zero_points, perm, bias, bits=bits, k=codes.shape[0])
 
     @property
     def codes(self) -> np.ndarray:
-        """uint8 [K, N], below `2**bits`; a new array."""
-        return unpack_rows(self.words, self.bits)[: self.k]
+        """uint8 [K, N], below `2**bits`, rows in group order; a new array."""
+        codes = unpack_awq(self.words) if self.awq else unpack_rows(self.words, self.bits)
+        return codes[: self.k] if self.perm is None else codes[self.perm]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)."""
-        return (self.k, self.words.shape[1])
+        return (self.k, self.words.shape[1] * (AWQ_COLUMNS if self.awq else 1))
 
     def window(self, rows: range, columns: range, group_size: int) -> CanonicalLinear:
         """A part of the weight, as views.
@@ -89,7 +94,7 @@ class CanonicalLinear:
         Args:
             rows: of the sorted rows; all of them, or whole words and whole groups of a weight
                 without `perm`.
-            columns: any.
+            columns: any; whole words of AWQ's.
             group_size: rows of one group.
 
         >>> codes = np.arange(64, dtype=np.uint8).reshape(32, 2) % 16
@@ -97,13 +102,14 @@ class CanonicalLinear:
         >>> w.window(range(16, 32), range(1, 2), 16).codes[:2, 0].tolist()
         [1, 3]
         """
-        n = slice(columns.start, columns.stop)
-        factor = 32 // self.bits
-        words = slice(rows.start // factor, -(-rows.stop // factor))
-        groups = slice(rows.start // group_size, -(-rows.stop // group_size))
+        n, groups = slice(columns.start, columns.stop), _whole(rows, group_size)
+        if self.awq:
+            words = self.words[rows.start : rows.stop, _whole(columns, AWQ_COLUMNS)]
+        else:
+            words = self.words[_whole(rows, 32 // self.bits), n]
         return dataclasses.replace(
             self,
-            words=self.words[words, n],
+            words=words,
             scales=self.scales[groups, n],
             zero_points=None if self.zero_points is None else self.zero_points[groups, n],
             bias=None if self.bias is None else self.bias[n],
@@ -130,7 +136,10 @@ class CanonicalLinear:
             )
         if self.words.dtype != np.uint32:
             raise TypeError(f"{where}: words have dtype {self.words.dtype}, expected uint32")
-        _check_shape(self.words, "words", (-(-k // spec.pack_factor), n), "(K / P, N)", where)
+        if self.awq:
+            _check_shape(self.words, "words", (k, n // AWQ_COLUMNS), "(K, N / 8)", where)
+        else:
+            _check_shape(self.words, "words", (-(-k // spec.pack_factor), n), "(K / P, N)", where)
         _check_shape(self.scales, "scales", (groups, n), "(ceil(K / group_size), N)", where)
         _check_finite(self.scales, "scales", where)
         if self.zero_points is not None:
@@ -182,6 +191,8 @@ def concat_columns(
     bias = None
     if a.bias is not None or b.bias is not None:
         bias = _concat_floats(*(_filled_bias(part) for part in (a, b)))
+    if a.awq != b.awq:
+        a, b = _along_k(a), _along_k(b)
     return dataclasses.replace(
         a,
         words=np.concatenate([a.words, b.words], axis=1),
@@ -201,6 +212,18 @@ def same_perm(a: np.ndarray | None, b: np.ndarray | None) -> bool:
 def is_identity(perm: np.ndarray | None) -> bool:
     """True for None and for 0, 1, 2, ..."""
     return perm is None or np.array_equal(perm, np.arange(perm.shape[0]))
+
+
+def _along_k(part: CanonicalLinear) -> CanonicalLinear:
+    """The weight with words along K."""
+    if not part.awq:
+        return part
+    return dataclasses.replace(part, words=pack_rows(unpack_awq(part.words), 4), awq=False)
+
+
+def _whole(places: range, size: int) -> slice:
+    """The words, or groups, of `size` places that hold these."""
+    return slice(places.start // size, -(-places.stop // size))
 
 
 def _concat_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from jax_marlin.act_order import perm_from_g_idx
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.host_arrays import host_array
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.words import one_in_every_field, pack_rows, take_rows, unpack_rows
+from jax_marlin.words import one_in_every_field, pack_rows, unpack_rows
 
 
 def gptq_to_canonical(
@@ -42,7 +42,7 @@ def gptq_to_canonical(
     checkpoint_format: str,
     where: str,
 ) -> CanonicalLinear:
-    """One GPTQ tensor set in plain order, rows sorted by group.
+    """One GPTQ tensor set, its words as they are and the order that sorts its rows by group.
 
     Args:
         qweight, scales, qzeros, g_idx, bias: as in `load_gptq`.
@@ -84,7 +84,7 @@ def gptq_to_canonical(
     if groups is not None:
         perm = perm_from_g_idx(groups, k=spec.k, group_size=spec.group_size, where=where)
     canonical = CanonicalLinear(
-        words if perm is None else take_rows(words, perm, bits),
+        words,
         scales,
         _zero_points(qzeros, spec, symmetric, checkpoint_format, where),
         perm,
@@ -153,9 +153,11 @@ def _zero_points(
         )
     middle = spec.symmetric_zero_point
     if symmetric:
-        stored = _unpack_columns(words, spec.bits)[:, : spec.n]
-        first = int(stored[0, 0])
+        first = int(words[0, 0]) % 2**spec.bits
         reference = first if first in (middle - 1, middle) else middle - 1
+        if bool((words == one_in_every_field(spec.bits) * np.uint32(reference)).all()):
+            return None
+        stored = _unpack_columns(words, spec.bits)[:, : spec.n]  # last words may hold fewer
         wrong = np.argwhere(stored != reference)
         if wrong.size:
             group, column = (int(i) for i in wrong[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -13,10 +13,9 @@ from jax.typing import DTypeLike
 from jax_marlin.canonical import SCALE_DTYPES, CanonicalLinear, is_identity, same_perm
 from jax_marlin.host_arrays import aligned_zeros
 from jax_marlin.layout import TILE, pack_columns
+from jax_marlin.pack_canonical import pack_canonical
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.repack import pack_words
 from jax_marlin.weights import MarlinExpertStack
-from jax_marlin.words import one_in_every_field
 
 
 class StackBuilder:
@@ -105,34 +104,65 @@ class StackBuilder:
                 `columns` are off the tiles, or two column ranges have different permutations.
         """
         where = f"StackBuilder.set_expert({e})" if where is None else where
+        self.set_experts(range(e, e + 1), [canonical], [where], columns)
+
+    def set_experts(
+        self,
+        experts: range,
+        weights: Sequence[CanonicalLinear],
+        wheres: Sequence[str],
+        columns: slice | None = None,
+    ) -> None:
+        """`set_expert` of experts that follow one another; small ones are packed sooner together.
+
+        Args:
+            experts: which, each 0 <= e < E.
+            weights: of each.
+            wheres: of each the module that errors are reported for.
+            columns: see `set_expert`.
+
+        Raises:
+            IndexError, TypeError, ValueError: as `set_expert`.
+        """
         leaves = self._open_leaves()
-        if not 0 <= e < self._num_experts:
-            raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
-        start, stop = _column_range(columns, self._spec.n, where)
+        start, stop = _column_range(columns, self._spec.n, wheres[0])
         spec = dataclasses.replace(self._spec, n=stop - start)
-        canonical.check(spec, where)
-        first, last = start // TILE, start // TILE + spec.n_tiles
-        others = np.delete(self._written[e], slice(first, last))
+        tiles = slice(start // TILE, start // TILE + spec.n_tiles)
+        for e, canonical, where in zip(experts, weights, wheres, strict=True):
+            if not 0 <= e < self._num_experts:
+                raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
+            canonical.check(spec, where)
+            self._set_groups(e, canonical, where, spec, tiles, slice(start, stop))
+        packed = leaves["qweight"][experts.start : experts.stop, tiles]
+        pack_canonical(weights, spec, packed)
+        self._written[experts.start : experts.stop, tiles] = True
+
+    def _set_groups(
+        self,
+        e: int,
+        canonical: CanonicalLinear,
+        where: str,
+        spec: QuantSpec,
+        tiles: slice,
+        columns: slice,
+    ) -> None:
+        """Writes all of an expert but its codes."""
+        leaves, neutral = self._open_leaves(), spec.symmetric_zero_point
+        others = np.delete(self._written[e], tiles)
         self._set_perm(e, canonical.perm, bool(others.any()), where)
-
         scales = self._cast(canonical.scales, "scales", where)
-        leaves["scales"][e, first:last] = pack_columns(_pad_columns(scales, 0))
-        pack_words(_padded_words(canonical, spec), spec.bits, leaves["qweight"][e, first:last])
-
-        neutral = spec.symmetric_zero_point
+        leaves["scales"][e, tiles] = pack_columns(_pad_columns(scales, 0))
         if canonical.zero_points is not None:
             leaf = self._optional_leaf("zero_points")
-            leaf[e, first:last] = pack_columns(_pad_columns(canonical.zero_points, neutral))
+            leaf[e, tiles] = pack_columns(_pad_columns(canonical.zero_points, neutral))
         elif leaves["zero_points"] is not None:
-            leaves["zero_points"][e, first:last] = neutral
-
+            leaves["zero_points"][e, tiles] = neutral
         if canonical.bias is not None:
             bias = self._cast(canonical.bias, "bias", where)
             leaf = self._optional_leaf("bias")
-            leaf[e, start:stop] = bias
+            leaf[e, columns] = bias
         elif leaves["bias"] is not None:
-            leaves["bias"][e, start:stop] = 0
-        self._written[e, first:last] = True
+            leaves["bias"][e, columns] = 0
 
     def finish(self) -> MarlinExpertStack:
         """Moves the leaves to the default device one by one, freeing the host's; ends the builder.
@@ -240,26 +270,3 @@ def _pad_columns(a: np.ndarray, value: int) -> np.ndarray:
     """[G, n] to [G, a multiple of 64]."""
     fill = -a.shape[1] % TILE
     return np.pad(a, ((0, 0), (0, fill)), constant_values=value) if fill else a
-
-
-def _padded_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:
-    """The words of all tiles, uint32 [K to 64 / P, N to 64].
-
-    Padding decodes to exactly zero in a kernel that does not mask it: the code is the zero point.
-    """
-    words, factor = canonical.words, spec.pack_factor
-    shape = (spec.k_tiles * TILE // factor, spec.n_tiles * TILE)
-    if words.shape == shape and spec.k % factor == 0:
-        return words
-    one, zero_point = one_in_every_field(spec.bits), np.uint32(spec.symmetric_zero_point)
-    padded = np.full(shape, one * zero_point, np.uint32)
-    full, left = divmod(spec.k, factor)  # words of a column that are full, codes in the next one
-    padded[:full, : spec.n] = words[:full]
-    last_group = padded[-1:, : spec.n]
-    if canonical.zero_points is not None:
-        last_group = one * canonical.zero_points[-1:].astype(np.uint32)
-    padded[full:, : spec.n] = last_group
-    if left:
-        live = np.uint32(2 ** (spec.bits * left) - 1)
-        padded[full, : spec.n] = (words[full] & live) | (last_group[0] & ~live)
-    return padded

@@ -1,7 +1,8 @@
-"""32-bit words of codes along K, as GPTQ stores them, and the exchanges that move codes in words.
+"""32-bit words of codes, as GPTQ and AWQ store them, and the exchanges that move codes in words.
 
-P = 32 / bits codes of one column share a word, the first in the lowest bits: uint32 [ceil(K/P), N].
-This is the form in which weights wait to be packed: half a byte a code, and what most files hold.
+Along K P = 32 / bits codes of one column share a word, the first in the lowest bits: uint32
+[ceil(K/P), N], what most files hold. AWQ's words hold 8 codes of one row: uint32 [K, N/8]. Weights
+wait to be packed in the form of their file, half a byte a code.
 
 Moving a code between words never takes it out of its word. Call the index bits of a code inside a
 word its places, and let a bit of the row index choose between two arrays x and y of words. Then
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 import numpy as np
 
-_TAKEN_AT_ONCE = 2**19  # words whose rows are moved at once, as long as in `repack`
-_MIN_RUN = 16  # words of one row: a line of the cache
-
 # every second field of `shift` bits in a word, the lower ones
 _LOWER = {4: 0x0F0F0F0F, 8: 0x00FF00FF, 16: 0x0000FFFF}
+
+# Words packed at once, of one expert or of several. Smaller blocks stay in a core's own cache, but
+# threads then hand the interpreter's lock to and fro so often that two are slower than one.
+WORDS_AT_ONCE = 2**19
+AWQ_COLUMNS = 8  # of a word
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # column j of them stands in bits 4 * places[j] and three on
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -64,6 +68,30 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
     return codes.reshape(-1, n)
 
 
+def pack_awq(codes: np.ndarray) -> np.ndarray:
+    """Codes to AWQ's words, uint8 [R, N] to uint32 [R, N / 8]; N a multiple of 8.
+
+    >>> hex(pack_awq(np.arange(1, 9, dtype=np.uint8)[None])[0, 0])
+    '0x86427531'
+    """
+    words = np.zeros((codes.shape[0], codes.shape[1] // AWQ_COLUMNS), np.uint32)
+    for column, place in enumerate(_AWQ_PLACES):
+        words |= codes[:, column::AWQ_COLUMNS].astype(np.uint32) << np.uint32(4 * place)
+    return words
+
+
+def unpack_awq(words: np.ndarray) -> np.ndarray:
+    """AWQ's words to codes, uint32 [R, N / 8] to uint8 [R, N]; the inverse of `pack_awq`.
+
+    >>> unpack_awq(np.array([[0x86427531]], np.uint32))[0].tolist()
+    [1, 2, 3, 4, 5, 6, 7, 8]
+    """
+    codes = np.empty((*words.shape, AWQ_COLUMNS), np.uint8)
+    for column, place in enumerate(_AWQ_PLACES):
+        codes[..., column] = (words >> np.uint32(4 * place)) & np.uint32(15)
+    return codes.reshape(words.shape[0], -1)
+
+
 def one_in_every_field(bits: int) -> np.uint32:
     """0x11111111 at 4 bit, 0x01010101 at 8: times a code, that code everywhere."""
     return np.uint32(sum(1 << place for place in range(0, 32, bits)))
@@ -91,6 +119,28 @@ def exchange(x: np.ndarray, y: np.ndarray, shift: int, scratch: np.ndarray) -> N
     np.bitwise_xor(x, scratch, out=x)
 
 
+def exchange_neighbours(words: np.ndarray, shift: int) -> None:
+    """`exchange`, in place, of each word at an even index of the last axis with the next.
+
+    Args:
+        words: uint32 [..., even], contiguous.
+        shift: 4, 8 or 16.
+
+    >>> words = np.array([0x1111AAAA, 0xBBBB2222], np.uint32)
+    >>> exchange_neighbours(words, 16)
+    >>> [hex(word) for word in words]
+    ['0x2222aaaa', '0xbbbb1111']
+    """
+    pairs = words.view("<u8")  # the word at the even index is the lower half
+    upper, by = np.uint64(_LOWER[shift] << shift), np.uint64(32 - shift)
+    scratch = pairs >> by
+    np.bitwise_xor(scratch, pairs, out=scratch)
+    np.bitwise_and(scratch, upper, out=scratch)  # where the two differ
+    np.bitwise_xor(pairs, scratch, out=pairs)
+    np.left_shift(scratch, by, out=scratch)
+    np.bitwise_xor(pairs, scratch, out=pairs)
+
+
 def transpose_fields(matrix: np.ndarray, bits: int) -> None:
     """Swaps, in place, field j of word i with field i of word j, for i, j < P.
 
@@ -111,44 +161,3 @@ def transpose_fields(matrix: np.ndarray, bits: int) -> None:
         x, y = pairs[:, 0], pairs[:, 1]
         exchange(x, y, bits * distance, scratch.reshape(x.shape))
         distance //= 2
-
-
-def take_rows(words: np.ndarray, order: np.ndarray, bits: int) -> np.ndarray:
-    """Words of the codes with rows in another order; row i of the result is row `order[i]`.
-
-    Words of P rows and one column become words of one row and P columns, so that rows are moved as
-    runs of memory, and are turned back.
-
-    Args:
-        words: uint32 [R, N], P codes of a column in each.
-        order: integers [K], rows of codes, 0 <= order < R * P; fields past K hold anything.
-        bits: 4 or 8.
-
-    Returns:
-        uint32 [ceil(K / P), N].
-
-    >>> words = pack_rows(np.arange(16, dtype=np.uint8)[:, None], 4)
-    >>> unpack_rows(take_rows(words, np.arange(16)[::-1], 4), 4)[:, 0].tolist()
-    [15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
-    """
-    (rows, n), count = words.shape, 32 // bits
-    taken = np.empty((-(-order.size // count), n), np.uint32)
-    source = np.zeros((taken.shape[0], count), np.intp)
-    source.reshape(-1)[: order.size] = order
-    source = (source % count * rows + source // count).T  # where transposed rows stand
-    width = max(_MIN_RUN, _TAKEN_AT_ONCE // (rows * count))
-    width = min(width, -(-n // count))
-    matrix = np.zeros((count, rows, width), np.uint32)  # column i * width + c in [i, :, c]
-    moved = np.empty((count, taken.shape[0], width), np.uint32)
-    for start in range(0, n, count * width):
-        for i in range(count):
-            columns = slice(start + i * width, start + (i + 1) * width)
-            part = words[:, columns]  # the last ones may be fewer, or none
-            matrix[i, :, : part.shape[1]] = part
-        transpose_fields(matrix, bits)
-        np.take(matrix.reshape(-1, width), source, axis=0, out=moved, mode="clip")
-        transpose_fields(moved, bits)
-        for i in range(count):
-            part = taken[:, start + i * width : start + (i + 1) * width]
-            part[...] = moved[i, :, : part.shape[1]]
-    return taken

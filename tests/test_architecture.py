@@ -15,9 +15,9 @@ MAX_LINES = 300
 # A module may import, at module level, only modules of its own stage or an earlier one.
 PYTHON_STAGES = [
     {"quant_spec"},
-    {"layout", "words", "repack"},
+    {"layout", "words", "repack", "repack_rows"},
     {"canonical"},
-    {"linear", "weights", "dense_stack", "stack_builder", "host_arrays"},
+    {"linear", "weights", "dense_stack", "pack_canonical", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
     {"sharding", "trainable", "top_k"},
     {"routing", "ops", "backend"},

@@ -8,8 +8,8 @@ A linear W [K, N] is stored so, 8 codes of 4 bit in a word, G = ceil(K / group_s
 
     W[k, n] = scales[k // group_size, n] * (q[k, n] - z[k // group_size, n])
 
-Column j of a word's 8 columns stands in bits 4 * _PLACES[j] to 4 * _PLACES[j] + 3. Zero points are
-stored as they are, not minus one as in GPTQ. Without zero points every one is 8.
+The order is that of `words.unpack_awq`. Zero points are stored as they are, not minus one as in
+GPTQ. Without zero points every one is 8.
 
 Source: `awq/utils/packing_utils.py` and `awq/modules/linear/gemm.py` of casper-hansen/AutoAWQ.
 """
@@ -31,11 +31,9 @@ from jax_marlin.checkpoints.quantize_config import (
 )
 from jax_marlin.checkpoints.safetensors_header import TensorInfo
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.words import transpose_fields
+from jax_marlin.words import AWQ_COLUMNS, unpack_awq
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _SYMMETRIC = 8
-_WORDS_AT_ONCE = 2**19  # of the codes transposed at once, as long as in `repack`
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's quant_config.json
 _ACTED_ON = ACTED_ON | set(_OLD_NAMES) | {"version", "zero_point"}
 
@@ -89,7 +87,7 @@ def _layout(
     parts: Mapping[str, TensorInfo], quantization: ModuleQuantization, read: Read, where: str
 ) -> Layout:
     k, words = two_axes(parts["qweight"], "qweight", "(K, N / 8)", where)
-    groups, n = quantization.num_groups(k), words * 8
+    groups, n = quantization.num_groups(k), words * AWQ_COLUMNS
     if quantization.symmetric is False and "qzeros" not in parts:
         raise ValueError(
             f"{where}: zero_point is true but there are no qzeros; is a shard missing?"
@@ -113,53 +111,23 @@ def _canonical(
     )
     zero_points = None
     if "qzeros" in parts:
-        zero_points = _unpack(parts["qzeros"])
-        wrong = np.argwhere(zero_points != _SYMMETRIC)
-        if quantization.symmetric and wrong.size:
-            group, column = (int(i) for i in wrong[0])
+        zero_points = unpack_awq(parts["qzeros"].view(np.uint32))
+        wrong = zero_points != _SYMMETRIC
+        if quantization.symmetric and wrong.any():
+            group, column = (int(i) for i in np.argwhere(wrong)[0])
             raise ValueError(
                 f"{where}: qzeros stores {int(zero_points[group, column])} for group {group}, "
                 f"column {column}, expected {_SYMMETRIC} everywhere with zero_point false; is "
                 f"zero_point of the quantization config right?"
             )
-        if quantization.symmetric is not False and not wrong.size:
+        if quantization.symmetric is not False and not wrong.any():
             zero_points = None
     canonical = CanonicalLinear(
-        _words_along_k(parts["qweight"]), parts["scales"], zero_points, None, parts.get("bias"),
-        bits=4, k=shape[0],
+        parts["qweight"].view(np.uint32), parts["scales"], zero_points, None, parts.get("bias"),
+        bits=4, k=shape[0], awq=True,
     )  # fmt: skip
     canonical.check(spec, where)
     return canonical
-
-
-def _unpack(words: np.ndarray) -> np.ndarray:
-    """int32 [R, N / 8] to uint8 [R, N]."""
-    words = np.ascontiguousarray(words).view(np.uint32)
-    codes = np.empty((*words.shape, 8), np.uint8)
-    for column, place in enumerate(_PLACES):
-        codes[..., column] = (words >> np.uint32(4 * place)) & np.uint32(15)
-    return codes.reshape(words.shape[0], -1)
-
-
-def _words_along_k(qweight: np.ndarray) -> np.ndarray:
-    """int32 [K, N / 8], words of 8 neighbours along N, to uint32 [ceil(K / 8), N], along K.
-
-    Eight words below each other are an 8 x 8 matrix of nibbles, and this is its transpose.
-    """
-    k, n_words = qweight.shape
-    rows = -(-k // 8)
-    words = np.empty((rows, n_words, 8), np.uint32)
-    step = max(1, _WORDS_AT_ONCE // (8 * n_words))
-    matrix = np.zeros((8, min(step, rows), n_words), np.uint32)  # [row of a matrix, matrices]
-    for start in range(0, rows, step):
-        block = words[start : start + step]
-        for row in range(8):
-            part = qweight[8 * start + row : 8 * (start + step) : 8]  # the last may lack some
-            matrix[row, : part.shape[0]] = part.view(np.uint32)
-        transpose_fields(matrix, 4)
-        for column, place in enumerate(_PLACES):
-            block[..., column] = matrix[place, : block.shape[0]]
-    return words.reshape(rows, -1)
 
 
 AWQ = Format("awq", "qweight", "scales", "", _layout, _canonical)

@@ -1,4 +1,4 @@
-"""Experts of a checkpoint into one preallocated stack: a module is read, packed and dropped."""
+"""Experts of a checkpoint into one preallocated stack: read a few at a time, packed and dropped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from jax_marlin.checkpoints.module_format import Read
 from jax_marlin.checkpoints.modules import ModuleInfo
 from jax_marlin.checkpoints.packed_cache import PackedCache
 from jax_marlin.checkpoints.placement import Block, Leaves, Placement
-from jax_marlin.checkpoints.quantized_module import (
-    read_canonical,
-)
+from jax_marlin.checkpoints.quantized_module import read_canonical
 from jax_marlin.checkpoints.workers import in_threads
 from jax_marlin.layout import TILE
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.stack_builder import StackBuilder
 from jax_marlin.weights import MarlinExpertStack
+from jax_marlin.words import WORDS_AT_ONCE
 
 _WHERE = "Checkpoint.load_expert_stack"
+_FEWEST_TURNS = 32  # in which a stack is packed: threads share them, and memory beside it is little
+_Part = tuple[str, CanonicalLinear, int]  # name for errors, weight, first column
 
 
 def load_expert_stack(
@@ -72,6 +73,7 @@ def load_expert_stack(
                 f"{_WHERE}: sharding splits K, and {experts[0][0]} gathers its input in act-order "
                 f"(g_idx), which needs all of K; split experts or N"
             )
+    words = max(part.k * part.n // part.pack_factor for part in specs)  # packed in one go
     starts = np.cumsum([0, *(part.n for part in specs)]).tolist()
 
     def pack(blocks: Sequence[Block]) -> dict[Block, Leaves]:
@@ -81,14 +83,18 @@ def load_expert_stack(
             block: StackBuilder(len(held), block.spec(spec), chosen, optional) for block in blocks
         }
 
-        def pack_expert(e: int) -> None:
-            for where, canonical, start in _parts_of_expert(modules, experts[e], starts, read):
-                columns = range(start, start + canonical.shape[1])
+        def pack_experts(some: range) -> None:
+            read_parts = [_parts_of_expert(modules, experts[e], starts, read) for e in some]
+            places = range(held.index(some[0]), held.index(some[-1]) + 1)
+            for parts in zip(*read_parts, strict=True):
                 for block, builder in builders.items():
-                    _set_part(builder, block, held.index(e), canonical, columns, spec, where)
+                    _set_part(builder, block, places, parts, spec)
 
-        for e in in_threads(pack_expert, held):
-            for _ in experts[e]:
+        together = max(1, min(WORDS_AT_ONCE // words, len(held) // _FEWEST_TURNS))
+        for some in in_threads(
+            pack_experts, [held[i : i + together] for i in range(0, len(held), together)]
+        ):
+            for _ in (name for e in some for name in experts[e]):
                 on_module()
         packed = {block: builder.take_leaves()[0] for block, builder in builders.items()}
         if sharding is not None and "perm" not in optional:
@@ -140,8 +146,8 @@ def _through_cache(
 
 def _parts_of_expert(
     modules: Mapping[str, ModuleInfo], names: Sequence[str], starts: Sequence[int], read: Read
-) -> Iterator[tuple[str, CanonicalLinear, int]]:
-    """(name for errors, weight, first column) of each part that can be packed by itself."""
+) -> Iterator[_Part]:
+    """The parts of an expert that can be packed each by itself."""
     # Columns can be written one module at a time where each but the last ends on a tile's edge.
     if all(start % TILE == 0 for start in starts[:-1]):
         for name, start in zip(names, starts[:-1], strict=True):
@@ -155,19 +161,20 @@ def _parts_of_expert(
 def _set_part(
     builder: StackBuilder,
     block: Block,
-    e: int,
-    canonical: CanonicalLinear,
-    columns: range,
+    places: range,
+    parts: Sequence[_Part],
     spec: QuantSpec,
-    where: str,
 ) -> None:
-    """Packs what of one part, which holds `columns` of an expert, lies in `block`."""
-    start, stop = max(columns.start, block.columns.start), min(columns.stop, block.columns.stop)
+    """Packs what of the same part of some experts lies in `block`, whose `places` they are."""
+    wheres, weights, (first, *_) = zip(*parts, strict=True)
+    whole = range(first, first + weights[0].shape[1])
+    start, stop = max(first, block.columns.start), min(whole.stop, block.columns.stop)
     if start >= stop:
         return
-    if canonical.shape != (len(block.rows), stop - start):
-        canonical.check(dataclasses.replace(spec, n=len(columns)), where)
-        inside = range(start - columns.start, stop - columns.start)
-        canonical = canonical.window(block.rows, inside, spec.group_size)
-    first = block.columns.start
-    builder.set_expert(e, canonical, where, slice(start - first, stop - first))
+    if weights[0].shape != (len(block.rows), stop - start):
+        for canonical, where in zip(weights, wheres, strict=True):
+            canonical.check(dataclasses.replace(spec, n=len(whole)), where)
+        inside = range(start - first, stop - first)
+        weights = [one.window(block.rows, inside, spec.group_size) for one in weights]
+    start, stop = start - block.columns.start, stop - block.columns.start
+    builder.set_experts(places, weights, wheres, slice(start, stop))

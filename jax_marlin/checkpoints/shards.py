@@ -77,7 +77,10 @@ class Shards:
         try:
             with info.path.open("rb", buffering=0) as file:
                 file.seek(info.start)
-                while got := file.readinto(view[done : done + _MOST_AT_ONCE]):
+                while done < info.nbytes:
+                    got = file.readinto(view[done : done + _MOST_AT_ONCE])
+                    if not got:
+                        break
                     done += got
         except OSError as error:
             raise ValueError(f"{where} is unreadable: {error}") from error
