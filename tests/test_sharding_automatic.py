@@ -183,17 +183,3 @@ def test_a_cut_that_no_device_can_compute_with_is_refused():
         r"tensor here: it has at most 1 equal parts",
     ):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, "data"), placed, jnp.asarray([3, 1, 2]))
-
-
-def test_only_some_axes_manual_is_refused():
-    problem = case("partly_manual")
-    function = jax.shard_map(
-        lambda x, stack: jm.matmul(x, stack[1]),
-        mesh=MESH, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"},
-    )  # fmt: skip
-    with pytest.raises(
-        NotImplementedError, match=r"matmul: inside jax.shard_map over axes \['data'"
-    ):
-        jax.jit(function)(
-            put(MESH, problem.x, "data"), jm.shard(problem.stack(), MESH, "column", "tensor")
-        )

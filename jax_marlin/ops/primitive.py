@@ -13,7 +13,6 @@ from jax_marlin.ops.partitioning import (
     Partitioning,
     partitioned,
     result_spec,
-    spans_devices,
 )
 
 
@@ -108,9 +107,10 @@ def _on_each_device(primitive: Primitive, rule: Callable, partitioning: Partitio
     """The lowering rule that, where a program spans devices, lowers each one's shard by `rule`."""
 
     def lower(ctx, *operands, devices, **params):
-        if not spans_devices(ctx, partitioning.where):
+        own = params | {"devices": devices}
+        call = partitioned(primitive.bind, partitioning, own, ctx)
+        if call is None:
             return rule(ctx, *operands, **params)
-        call = partitioned(primitive.bind, partitioning, params | {"devices": devices})
         return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 
     return lower
