@@ -195,7 +195,7 @@ def test_a_cut_that_no_device_can_compute_with_is_refused():
     placed = type(stack)(qweight, placed.scales, None, placed.perm, None, stack.spec)
     with pytest.raises(
         jax.errors.JaxRuntimeError,
-        match=r"moe_matmul: qweight \[3, 4, 4, 512\] has sharding .*its axis 2 cannot be cut over "
+        match=r"ragged_dot: qweight \[3, 4, 4, 512\] has sharding .*its axis 2 cannot be cut over "
         r"tensor here: it has at most 1 equal parts",
     ):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, "data"), placed, jnp.asarray([3, 1, 2]))

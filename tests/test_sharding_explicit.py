@@ -86,11 +86,28 @@ def test_an_operand_that_cannot_be_used_as_it_lies_is_refused():
     stack = jm.shard(problem.stack(), MESH, "column", "tensor")
     sizes = jnp.array([3, 1, 0, 4])
     with pytest.raises(
-        ValueError, match=r"moe_matmul: x \[8, 256\] has sharding .*its axis 1 cannot"
+        ValueError, match=r"ragged_dot: x \[8, 256\] has sharding .*its axis 1 cannot"
     ):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, None, "data"), stack, sizes)
-    with pytest.raises(ValueError, match=r"moe_matmul: x .*axis 0 cannot be cut over tensor"):
+    with pytest.raises(ValueError, match=r"ragged_dot: x .*axis 0 cannot be cut over tensor"):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, "tensor"), stack, sizes)
+
+
+def test_a_product_of_a_layer_is_named():
+    """x fits a layer of dense stacks and its gate_up; the hidden rows do not fit its down."""
+    layer = Layer(case("named_layer", bias=True), case("named_down", k=128, n=192, bias=True))
+    tokens = [put(MESH, a, "data") for a in (layer.x, *layer.routes)]
+    gate_up, down = layer.dense_stacks()
+    cut = jm.shard(gate_up, MESH, "expert", "expert"), jm.shard(down, MESH, "column", "data")
+    with pytest.raises(
+        ValueError,
+        match=r"moe_ffn, in its product with down: x \[16, 128\] has sharding .*axis 0 can",
+    ):
+        jax.jit(jm.moe_ffn).lower(*tokens, *cut)
+    with pytest.raises(
+        ValueError, match=r"moe_ffn, in its product with gate_up: x \[8, 256\] has sh"
+    ):
+        jax.jit(jm.moe_ffn).lower(put(MESH, layer.x, "expert"), *tokens[1:], *cut)
 
 
 def vmapped(x, ids, weights, stacks, axis=0):
@@ -115,7 +132,7 @@ FOLDED = {  # call, cut of the tokens [4, 2], how the message begins
     ),
     "vmap_ragged": (
         lambda x, i, w, s: jax.vmap(lambda x: ragged(x, s[0]))(x), BEHIND,
-        "moe_matmul: x, its mapped axis first, has",
+        "ragged_dot: x, its mapped axis first, has",
     ),
 }  # fmt: skip
 

@@ -123,7 +123,7 @@ def routed_batching(primitive: Primitive, operands, dims, **params):
         num_experts=leaves[0].shape[0] // (size if batched_experts else 1),
         moe_block_size=params["moe_block_size"], batched_experts=batched_experts,
     )  # fmt: skip
-    check_foldable(x, 2, "x, its mapped axis first,", "moe_matmul")
+    check_foldable(x, 2, "x, its mapped axis first,", params["where"])
     x = x.reshape(size * x.shape[1], x.shape[2])
     out = primitive.bind(x, *leaves, *routing, weights.reshape(-1), **params)
     return out.reshape(size, num_rows, out.shape[1]), 0

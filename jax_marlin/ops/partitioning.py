@@ -48,7 +48,7 @@ class Partitioning(NamedTuple):
     """How one primitive runs on shards.
 
     Attributes:
-        where: the op that errors name.
+        where: the op that errors name, unless a parameter `where` does.
         scheme: (operands with shapes, parameters) -> Scheme.
         local: (axes, operands of one device, parameters) -> result of one device; reduces over the
             axes of factors that the result lacks.
@@ -57,6 +57,9 @@ class Partitioning(NamedTuple):
     where: str
     scheme: Callable[..., Scheme]
     local: Callable[..., jax.Array]
+
+    def named(self, params: dict[str, Any]) -> str:
+        return params.get("where", self.where)
 
 
 def needs_devices() -> jax.extend.core.ClosedJaxpr | None:
@@ -96,7 +99,7 @@ def partitioned(
         return bind(*operands, **params)
 
     if hasattr(context, "manual_axes"):  # inside shard_map
-        region = region_of(context, partitioning.where)
+        region = region_of(context, partitioning.named(params))
         return region and region.partitioned(whole, rule, partition)
     if not getattr(context, "device_assignment", None) or context.num_devices == 1:
         return None
@@ -163,7 +166,7 @@ def result_spec(partitioning: Partitioning, operands, params) -> PartitionSpec:
     axes = {}
     if mesh is not None:
         every = frozenset(range(len(operands)))
-        axes = _assign(partitioning.where, scheme, mesh, operands, every)
+        axes = _assign(partitioning.named(params), scheme, mesh, operands, every)
     return PartitionSpec(*(axes.get(f or "") or None for f in scheme.result))
 
 
@@ -171,12 +174,12 @@ def _partition(partitioning: Partitioning, params, types, mesh, operands, result
     shardings = [operand.sharding for operand in operands]
     if not all(isinstance(s, NamedSharding) for s in (*shardings, result.sharding)):
         raise ValueError(
-            f"{partitioning.where}: the operands' shardings name no mesh; place arrays by "
+            f"{partitioning.named(params)}: the operands' shardings name no mesh; place arrays by "
             "NamedSharding on one mesh, or call inside jax.shard_map"
         )
     scheme = partitioning.scheme(operands, params)
-    _check_not_gathered(partitioning.where, types, operands, scheme.names)
-    axes = _assign(partitioning.where, scheme, mesh, operands, scheme.packed, result)
+    _check_not_gathered(partitioning.named(params), types, operands, scheme.names)
+    axes = _assign(partitioning.named(params), scheme, mesh, operands, scheme.packed, result)
 
     def placed(factors):
         return NamedSharding(mesh, PartitionSpec(*(axes.get(f or "") or None for f in factors)))
