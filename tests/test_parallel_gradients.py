@@ -79,6 +79,22 @@ def test_layer_that_jit_partitions(mesh_type, cut):
     assert set(kinds(found)) == {"all-reduce"}
 
 
+@pytest.mark.parametrize("variant", ["v1_bias_skips", "dense"])
+@pytest.mark.parametrize("on_mesh", ["tokens", "stacks"])
+def test_operands_on_no_mesh_beside_an_explicit_one(on_mesh, variant):
+    """They are the same on all devices, and so are their cotangents."""
+    tokens, stacks = layer_of(variant)
+    expected, _ = gradients(one_device, tokens, stacks)
+    mesh = cpu_mesh(AxisType.Explicit)
+    if on_mesh == "tokens":
+        got, _ = gradients(one_device, [put(mesh, a, "data") for a in tokens], stacks)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(got[2]))
+    else:
+        got, _ = gradients(one_device, tokens, jm.shard(stacks, mesh, *COLUMNS, gate_up=True))
+        assert got[0].sharding.is_fully_replicated
+    assert_equal(got, expected)
+
+
 MANUAL = {
     "own_tokens_gathered": (
         *EXPERTS, OWN, {"expert_axis": "expert", "exchange": "all_gather"},

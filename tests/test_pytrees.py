@@ -101,6 +101,32 @@ def test_flax_nnx_parameters():
     same(layer.variable.get_value(), STACK)
 
 
+@needs("flax")
+def test_flax_nnx_param_of_a_stack():
+    """As a Param it is part of the state: split, merged, updated, and frozen by a filter."""
+    from flax import nnx  # pyright: ignore[reportMissingImports]
+
+    class Scale(nnx.Variable):
+        pass
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.experts = nnx.Param(STACK)
+            self.scale = Scale(jnp.ones((1, SPEC.k)))
+
+        def __call__(self, x):
+            return jm.ragged_dot(x * self.scale[...], self.experts.get_value(), SIZES)
+
+    layer, expected = Layer(), jm.ragged_dot(X, STACK, SIZES)
+    np.testing.assert_allclose(nnx.jit(lambda m, x: m(x))(layer, X), expected, rtol=1e-5, atol=1e-5)
+    graph, packed, rest = nnx.split(layer, nnx.Param, ...)
+    same(jax.tree.leaves(packed), jax.tree.leaves(STACK))
+    merged = nnx.merge(graph, jax.tree.map(lambda leaf: leaf + 0, packed), rest)
+    same(merged.experts.get_value(), STACK)
+    gradient = nnx.grad(lambda m: m(X).sum(), argnums=nnx.DiffState(0, Scale))(layer)
+    assert jax.tree.leaves(gradient)[0].any() and len(jax.tree.leaves(gradient)) == 1
+
+
 @needs("orbax")
 def test_orbax_saves_and_restores(tmp_path):
     import orbax.checkpoint as ocp  # pyright: ignore[reportMissingImports]

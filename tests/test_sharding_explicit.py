@@ -86,8 +86,77 @@ def test_an_operand_that_cannot_be_used_as_it_lies_is_refused():
     stack = jm.shard(problem.stack(), MESH, "column", "tensor")
     sizes = jnp.array([3, 1, 0, 4])
     with pytest.raises(
-        ValueError, match=r"moe_matmul: x \[8, 256\] has sharding .*its axis 1 cannot"
+        ValueError, match=r"ragged_dot: x \[8, 256\] has sharding .*its axis 1 cannot"
     ):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, None, "data"), stack, sizes)
-    with pytest.raises(ValueError, match=r"moe_matmul: x .*axis 0 cannot be cut over tensor"):
+    with pytest.raises(ValueError, match=r"ragged_dot: x .*axis 0 cannot be cut over tensor"):
         jax.jit(jm.ragged_dot)(put(MESH, problem.x, "tensor"), stack, sizes)
+
+
+def test_a_product_of_a_layer_is_named():
+    """x fits a layer of dense stacks and its gate_up; the hidden rows do not fit its down."""
+    layer = Layer(case("named_layer", bias=True), case("named_down", k=128, n=192, bias=True))
+    tokens = [put(MESH, a, "data") for a in (layer.x, *layer.routes)]
+    gate_up, down = layer.dense_stacks()
+    cut = jm.shard(gate_up, MESH, "expert", "expert"), jm.shard(down, MESH, "column", "data")
+    with pytest.raises(
+        ValueError,
+        match=r"moe_ffn, in its product with down: x \[16, 128\] has sharding .*axis 0 can",
+    ):
+        jax.jit(jm.moe_ffn).lower(*tokens, *cut)
+    with pytest.raises(
+        ValueError, match=r"moe_ffn, in its product with gate_up: x \[8, 256\] has sh"
+    ):
+        jax.jit(jm.moe_ffn).lower(put(MESH, layer.x, "expert"), *tokens[1:], *cut)
+
+
+def vmapped(x, ids, weights, stacks, axis=0):
+    return jax.vmap(lambda *tokens: jm.moe_ffn(*tokens, *stacks), axis)(x, ids, weights)
+
+
+def ragged(x, stack):
+    return jm.ragged_dot(x, stack, jnp.array([1, 0, 1, 0]))
+
+
+FRONT, BEHIND = ("data", None), (None, "data")
+FOLDED = {  # call, cut of the tokens [4, 2], how the message begins
+    "matmul": (lambda x, i, w, s: jm.matmul(x, s[0][1]), BEHIND, "matmul: x has"),
+    "moe_ffn": (lambda x, i, w, s: jm.moe_ffn(x, i, w, *s), BEHIND, "moe_ffn: topk_ids has"),
+    "vmap": (vmapped, BEHIND, "moe_ffn: x, its mapped axis first, has"),
+    "vmap_behind": (
+        lambda x, i, w, s: vmapped(x, i, w, s, 1), FRONT, "moe_ffn: x, its mapped axis first, has"
+    ),
+    "vmap_matmul": (
+        lambda x, i, w, s: jax.vmap(lambda x: jm.matmul(x, s[0][1]), 1)(x), FRONT,
+        "matmul: x, its mapped axis first, has",
+    ),
+    "vmap_ragged": (
+        lambda x, i, w, s: jax.vmap(lambda x: ragged(x, s[0]))(x), BEHIND,
+        "ragged_dot: x, its mapped axis first, has",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_axes_that_cannot_be_folded_as_they_are_cut_are_refused(name):
+    function, cut, message = FOLDED[name]
+    layer = Layer(case("folded_layer"), case("folded_down", k=128, n=192))
+    stacks = jm.shard(layer.stacks(), MESH, "expert", "expert")
+    tokens = [a.reshape(4, 2, -1) for a in (layer.x, *layer.routes)]
+    lower = jax.jit(function).lower
+    with pytest.raises(ValueError, match=message + r" type .*@data.* folded into one, .*reshard"):
+        lower(*(put(MESH, a, *cut) for a in tokens), stacks)
+    lower(*(put(MESH, a, *cut[::-1]) for a in tokens), stacks)
+
+
+def test_routes_cut_over_top_k_are_refused():
+    layer = Layer(case("cut_routes", bias=True), case("cut_routes_down", k=128, n=192, bias=True))
+    ids, weights = (put(MESH, a, None, "data") for a in layer.routes)
+    for stacks in (layer.stacks(), layer.dense_stacks()):
+        placed = jm.shard(stacks, MESH, "expert", "expert")
+        with pytest.raises(ValueError, match=r"moe_ffn: topk_ids has type int32\[8,2@data\]"):
+            jax.jit(jm.moe_ffn).lower(put(MESH, layer.x), ids, weights, *placed)
+    problem = case("cut_routes", bias=True)
+    stack, routing = problem.stack(), jm.moe_align_block_size(problem.topk_ids, 8, 4)
+    with pytest.raises(ValueError, match=r"moe_matmul: topk_weights has type float32\[8,2@data\]"):
+        jm.moe_matmul(problem.x, stack, *routing, moe_block_size=8, top_k=2, topk_weights=weights)

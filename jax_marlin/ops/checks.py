@@ -44,6 +44,20 @@ def check_x(x, k: int, weight_dtype, where: str, rank: int | None = None) -> jax
     return x
 
 
+def check_foldable(array: jax.Array, axes: int, name: str, where: str) -> jax.Array:
+    """`array`, whose first `axes` axes become one: what an explicit mesh cuts must stand first."""
+    sizes = zip(array.shape[:axes], jax.typeof(array).sharding.spec, strict=False)
+    cuts = [axis for size, axis in sizes if size != 1]
+    behind = [axis for i, axis in enumerate(cuts) if axis is not None and None in cuts[:i]]
+    if behind:
+        raise ValueError(
+            f"{where}: {name} has type {jax.typeof(array)}, whose first {axes} axes are folded "
+            "into one, expected a cut from the first axis on; use jax.sharding.reshard, or vmap "
+            f"over the axis that {behind[0]} cuts"
+        )
+    return array
+
+
 def check_leaves(stack, where: str, own_bias=None) -> None:
     """Refuses leaves that `jax.tree.map` has reshaped or cast, before they fail deep inside.
 

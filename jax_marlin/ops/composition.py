@@ -43,7 +43,7 @@ def composed_layer(
     )
     row_weights = weights.reshape(-1)
 
-    def product(rows, stack, top_k, row_weights, weights_before_bias=False):
+    def product(rows, stack, name, top_k, row_weights, weights_before_bias=False):
         return routed_matmul(
             rows, stack, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
@@ -51,14 +51,19 @@ def composed_layer(
             as_stored=True,
             zero_output=False,  # rows of dropped ids are masked below
             preferred_element_type=jnp.float32,
-            implementation=implementation, where=where,
+            implementation=implementation, where=f"{where}, in its product with {name}",
         )  # fmt: skip
 
     # (w x) W + b = w (x W) + b: on the input, the weight comes before the bias.
     first, last = (row_weights, None) if weights_on_input else (None, row_weights)
-    products = [product(x, half, top_k, first, weights_on_input) for half in halves]
+    names = ("gate_up",) if len(halves) == 1 else ("gate", "up")
+    products = [
+        product(x, half, name, top_k, first, weights_on_input)
+        for half, name in zip(halves, names, strict=True)
+    ]
     gate, up = products if len(products) == 2 else gate_and_up(products[0], halves[0])  # [R, I]
-    out = product(activate(gate, up).astype(x.dtype), down, 1, last)  # float32 [R, N]
+    hidden = activate(gate, up).astype(x.dtype)
+    out = product(hidden, down, "down", 1, last)  # float32 [R, N]
     out = out.reshape(num_tokens, top_k, out.shape[-1])
     routed = (ids >= 0) & (ids < num_experts)
     total = jnp.zeros((num_tokens, out.shape[-1]), jnp.float32)

@@ -52,14 +52,17 @@ def dense_moe_matmul(
     top_k: int,
     weights_before_bias: bool,
     out_dtype: np.dtype,
+    where: str,
 ) -> jax.Array:
-    """`reference.moe_matmul` of a dense stack; operands and result are the same."""
+    """`reference.moe_matmul` of a dense stack; operands and result are the same.
 
+    `where` is the public op that error messages name.
+    """
     return _primitive.bind(
         x, stack.weight, or_empty(stack.bias, stack.dtype),
         sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights,
         moe_block_size=moe_block_size, top_k=top_k, weights_before_bias=weights_before_bias,
-        out_dtype=out_dtype, implementation=None, devices=needs_devices(),
+        out_dtype=out_dtype, where=where, implementation=None, devices=needs_devices(),
     )  # fmt: skip
 
 

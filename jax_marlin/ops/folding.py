@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 
+from jax_marlin.ops.checks import check_foldable
 from jax_marlin.ops.primitive import map_sequentially
 from jax_marlin.weights import MarlinExpertStack
 
@@ -122,6 +123,7 @@ def routed_batching(primitive: Primitive, operands, dims, **params):
         num_experts=leaves[0].shape[0] // (size if batched_experts else 1),
         moe_block_size=params["moe_block_size"], batched_experts=batched_experts,
     )  # fmt: skip
+    check_foldable(x, 2, "x, its mapped axis first,", params["where"])
     x = x.reshape(size * x.shape[1], x.shape[2])
     out = primitive.bind(x, *leaves, *routing, weights.reshape(-1), **params)
     return out.reshape(size, num_rows, out.shape[1]), 0

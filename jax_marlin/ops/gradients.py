@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.ops.partition_region import explicit_axes
 from jax_marlin.ops.transposed_product import transposed_product
 from jax_marlin.ops.weight_gradient import weight_gradient
 from jax_marlin.weights import MarlinExpertStack
@@ -106,14 +107,19 @@ class Placement:
     def of(cls, primals: Any) -> Placement | None:
         """None where no mesh is explicit: cotangents have then no placement in their types."""
         leaves, tree = jax.tree.flatten(primals)
-        shardings = tuple(jax.typeof(leaf).sharding for leaf in leaves)
-        explicit = any(AxisType.Explicit in s.mesh.axis_types for s in shardings)
-        return cls(shardings, tree) if explicit else None
+        shardings = [jax.typeof(leaf).sharding for leaf in leaves]
+        mesh = next((s.mesh for s in shardings if explicit_axes(s.mesh)), None)
+        if mesh is None:
+            return None
+        # What lies on no mesh is the same on all devices.
+        whole = NamedSharding(mesh, PartitionSpec())
+        return cls(tuple(whole if s.mesh.empty else s for s in shardings), tree)
 
     def call(self, backward: Callable[..., Any], *operands: Any) -> Any:
         """`backward(*operands)`, partitioned by XLA; its results are placed as the primals were."""
         out = jax.tree.unflatten(self.tree, self.leaves)
-        return jax.sharding.auto_axes(backward, out_sharding=out)(*operands)
+        axes = explicit_axes(self.leaves[0].mesh)
+        return jax.sharding.auto_axes(backward, axes=axes, out_sharding=out)(*operands)
 
 
 def _sums_by_expert(rows: jax.Array, ids: jax.Array, num_experts: int) -> jax.Array:

@@ -78,7 +78,9 @@ def matmul(
     if own_bias is not None:
         stack = dataclasses.replace(stack, bias=None)
     leading = x.shape[:-1]
-    x = x if x.ndim == 2 else x.reshape(math.prod(leading), spec.k)
+    if x.ndim != 2:
+        x = checks.check_foldable(x, len(leading), "x", "matmul")
+        x = x.reshape(math.prod(leading), spec.k)
     static = _Static(first_tile * layout.TILE, n, written, implementation)
     out = _product(static, *vary_together(x, stack, own_bias, expert))
     out = layout.unpair_columns(out, spec.pairs)
@@ -186,6 +188,7 @@ def _batching(operands, dims, **params):
         weights, weight_dims = _fold_stacks(weights, weight_dims)
         return map_sequentially(_primitive, (x, *weights), (x_dim, *weight_dims), params)
     x = jnp.moveaxis(x, x_dim, 0)  # [B, M, K]
+    checks.check_foldable(x, 2, "x, its mapped axis first,", "matmul")
     out = _primitive.bind(x.reshape(-1, x.shape[2]), *weights, **params)
     return out.reshape(*x.shape[:2], params["n"]), 0
 

@@ -111,7 +111,7 @@ def moe_ffn(
     checks.check_implementation(implementation, x.dtype, _WHERE)
     ids, weights = _checked_routes(x.shape[:-1], topk_ids, topk_weights, down.num_experts)
 
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = checks.check_foldable(x, x.ndim - 1, "x", _WHERE).reshape(-1, x.shape[-1])
     layer = _Layer(activation, bool(weights_on_input), implementation)
     out = _product(layer, *vary_together(x2, ids, weights, halves, down))
     return out.reshape(*x.shape[:-1], down.n_per_expert)
@@ -174,7 +174,11 @@ def _foldable(static: _Layer):
         if True in batched:
             halves, down = tuple(map(folding.fold_stack, halves)), folding.fold_stack(down)
         ids = folding.fold_ids(ids, num_experts, True in batched)
-        tokens = (a.reshape(axis_size * a.shape[1], a.shape[2]) for a in (x, ids, weights))
+        tokens = (
+            checks.check_foldable(a, 2, f"{name}, its mapped axis first,", _WHERE)
+            .reshape(axis_size * a.shape[1], a.shape[2])
+            for name, a in (("x", x), ("topk_ids", ids), ("topk_weights", weights))
+        )  # fmt: skip
         out = layer(*tokens, halves, down)
         return out.reshape(axis_size, ids.shape[1], out.shape[1]), True
 
@@ -266,6 +270,9 @@ def _checked_routes(
             f"{_WHERE}: topk_weights has shape {weights.shape}, expected that of topk_ids,"
             f" {ids.shape}"
         )
+    for name, array in (("topk_ids", ids), ("topk_weights", weights)):
+        if isinstance(array, jax.Array):
+            checks.check_foldable(array, array.ndim, name, _WHERE)
     rows = (-1, ids.shape[-1])
     ids = as_expert_ids(ids.reshape(rows), num_experts, _WHERE)
     return ids, weights.astype(jnp.float32).reshape(rows)

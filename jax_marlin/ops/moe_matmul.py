@@ -134,8 +134,9 @@ def routed_matmul(
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, where)
     row_weights = flat_weights(topk_weights, x.shape[0], top_k, where)
     static = _Static(
-        moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written, implementation
-    )
+        moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written,
+        implementation, where,
+    )  # fmt: skip
     out = _product(static, *vary_together(x, stack, slots, expert_ids, used, row_weights))
     return (out if as_stored else unpair_columns(out, stack.pairs)).astype(wanted)
 
@@ -147,6 +148,7 @@ class _Static(NamedTuple):
     zero_output: bool
     out_dtype: np.dtype
     implementation: str | None
+    where: str
 
 
 def _compute(
@@ -158,6 +160,7 @@ def _compute(
             x, stack, slots, expert_ids, used, row_weights,
             moe_block_size=static.moe_block_size, top_k=static.top_k,
             weights_before_bias=static.weights_before_bias, out_dtype=static.out_dtype,
+            where=static.where,
         )  # fmt: skip
     spec, perm = stack.held_spec, stack.perm
     if perm is not None and spec.shared_perm:

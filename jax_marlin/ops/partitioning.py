@@ -25,6 +25,8 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_marlin.ops.partition_region import explicit_axes, region_of
+
 Axes = dict[str, tuple[str, ...]]  # the mesh axes that cut each factor
 
 
@@ -46,7 +48,7 @@ class Partitioning(NamedTuple):
     """How one primitive runs on shards.
 
     Attributes:
-        where: the op that errors name.
+        where: the op that errors name, unless a parameter `where` does.
         scheme: (operands with shapes, parameters) -> Scheme.
         local: (axes, operands of one device, parameters) -> result of one device; reduces over the
             axes of factors that the result lacks.
@@ -55,6 +57,9 @@ class Partitioning(NamedTuple):
     where: str
     scheme: Callable[..., Scheme]
     local: Callable[..., jax.Array]
+
+    def named(self, params: dict[str, Any]) -> str:
+        return params.get("where", self.where)
 
 
 def needs_devices() -> jax.extend.core.ClosedJaxpr | None:
@@ -74,36 +79,32 @@ def _marker() -> jax.extend.core.ClosedJaxpr:
     return jax.make_jaxpr(call)(jax.ShapeDtypeStruct((1,), np.float32))
 
 
-def spans_devices(ctx: Any, where: str) -> bool:
-    """Whether this lowering is of a program that XLA partitions.
+def partitioned(
+    bind: Callable, partitioning: Partitioning, params: dict[str, Any], ctx: Any
+) -> Callable | None:
+    """`bind(*operands, **params)` as a function that XLA can partition.
 
-    Raises:
-        NotImplementedError: inside `jax.shard_map` over some axes of a mesh, which
-            `custom_partitioning` does not know.
+    Args:
+        ctx: the context of the lowering of one primitive.
+
+    Returns:
+        None where the program is not partitioned: it is for one device, or inside `jax.shard_map`
+        over all axes.
     """
+    rule = functools.partial(_sharding_rule, partitioning, params)
+    partition = functools.partial(_partition, partitioning, params, ctx.avals_in)
     context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):  # inside shard_map
-        automatic = set(context.mesh.axis_names) - set(context.manual_axes)
-        if any(context.mesh.shape[name] > 1 for name in automatic):
-            raise NotImplementedError(
-                f"{where}: inside jax.shard_map over axes {sorted(context.manual_axes)} of a mesh "
-                f"that has also {sorted(automatic)}; leave out axis_names, so that all are manual"
-            )
-        return False
-    return bool(getattr(context, "device_assignment", None)) and context.num_devices > 1
-
-
-def partitioned(bind: Callable, partitioning: Partitioning, params: dict[str, Any]) -> Callable:
-    """`bind(*operands, **params)` as a function that XLA can partition."""
 
     def whole(*operands):
         return bind(*operands, **params)
 
+    if hasattr(context, "manual_axes"):  # inside shard_map
+        region = region_of(context, partitioning.named(params))
+        return region and region.partitioned(whole, rule, partition)
+    if not getattr(context, "device_assignment", None) or context.num_devices == 1:
+        return None
     call = custom_partitioning(whole)
-    call.def_partition(
-        functools.partial(_partition, partitioning, params),
-        sharding_rule=functools.partial(_sharding_rule, partitioning, params),
-    )
+    call.def_partition(partition, sharding_rule=rule)
     return call
 
 
@@ -161,23 +162,24 @@ def result_spec(partitioning: Partitioning, operands, params) -> PartitionSpec:
     """The result's type under an explicit mesh, where every operand must be used as it lies."""
     scheme = partitioning.scheme(operands, params)
     meshes = [operand.sharding.mesh for operand in operands]
-    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    mesh = next((mesh for mesh in meshes if explicit_axes(mesh)), None)
     axes = {}
     if mesh is not None:
         every = frozenset(range(len(operands)))
-        axes = _assign(partitioning.where, scheme, mesh, operands, every)
+        axes = _assign(partitioning.named(params), scheme, mesh, operands, every)
     return PartitionSpec(*(axes.get(f or "") or None for f in scheme.result))
 
 
-def _partition(partitioning: Partitioning, params, mesh, operands, result):
+def _partition(partitioning: Partitioning, params, types, mesh, operands, result):
     shardings = [operand.sharding for operand in operands]
     if not all(isinstance(s, NamedSharding) for s in (*shardings, result.sharding)):
         raise ValueError(
-            f"{partitioning.where}: the operands' shardings name no mesh; place arrays by "
+            f"{partitioning.named(params)}: the operands' shardings name no mesh; place arrays by "
             "NamedSharding on one mesh, or call inside jax.shard_map"
         )
     scheme = partitioning.scheme(operands, params)
-    axes = _assign(partitioning.where, scheme, mesh, operands, scheme.packed, result)
+    _check_not_gathered(partitioning.named(params), types, operands, scheme.names)
+    axes = _assign(partitioning.named(params), scheme, mesh, operands, scheme.packed, result)
 
     def placed(factors):
         return NamedSharding(mesh, PartitionSpec(*(axes.get(f or "") or None for f in factors)))
@@ -186,6 +188,25 @@ def _partition(partitioning: Partitioning, params, mesh, operands, result):
         return partitioning.local(axes, shards, params)
 
     return mesh, local, placed(scheme.result), tuple(placed(f) for f in scheme.operands)
+
+
+def _check_not_gathered(where: str, types, operands, names: tuple[str, ...]) -> None:
+    """What explicit axes cut must come cut, as its type says."""
+    for typed, operand, name in zip(types, operands, names, strict=True):
+        mesh = operand.sharding.mesh
+        lost = _cutting(typed.sharding.spec, mesh) - _cutting(operand.sharding.spec, mesh)
+        if lost:
+            raise ValueError(
+                f"{where}: {name} has type {typed} and was gathered over {', '.join(sorted(lost))} "
+                f"before this call, as jax {jax.__version__} does where jax.shard_map leaves "
+                "explicit axes out of axis_names; use automatic axes, all axes manual, or jax "
+                "0.11.2 or later"
+            )
+
+
+def _cutting(spec: PartitionSpec, mesh) -> set[str]:
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return {name for entry in entries for name in entry if mesh.shape.get(name, 1) > 1}
 
 
 def _assign(

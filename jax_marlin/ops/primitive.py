@@ -13,7 +13,6 @@ from jax_marlin.ops.partitioning import (
     Partitioning,
     partitioned,
     result_spec,
-    spans_devices,
 )
 
 
@@ -69,7 +68,8 @@ def register_lowerings(
 
     Args:
         primitive: takes a parameter `implementation`: None, "cuda" or "xla"; with a `partitioning`,
-            also `devices`, see `partitioning.needs_devices`.
+            also `devices`, see `partitioning.needs_devices`, and perhaps `where`, the op that
+            errors name in place of the partitioning's.
         default: plain JAX; called with the operands and the other parameters.
         custom_call: the same in terms of `jax.ffi.ffi_call`.
         has_kernel: `(result avals, *operand avals, **parameters)` to whether our kernels take it.
@@ -107,10 +107,11 @@ def register_lowerings(
 def _on_each_device(primitive: Primitive, rule: Callable, partitioning: Partitioning) -> Callable:
     """The lowering rule that, where a program spans devices, lowers each one's shard by `rule`."""
 
-    def lower(ctx, *operands, devices, **params):
-        if not spans_devices(ctx, partitioning.where):
-            return rule(ctx, *operands, **params)
-        call = partitioned(primitive.bind, partitioning, params | {"devices": devices})
+    def lower(ctx, *operands, **params):
+        call = partitioned(primitive.bind, partitioning, params, ctx)
+        if call is None:
+            own = {n: value for n, value in params.items() if n not in ("devices", "where")}
+            return rule(ctx, *operands, **own)
         return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 
     return lower

@@ -53,4 +53,5 @@ def flat_weights(topk_weights, num_tokens, top_k, where):
             f"{where}: topk_weights has shape {weights.shape}, expected (T, top_k) = "
             f"({num_tokens}, {top_k}), or flat ({num_tokens * top_k},)"
         )
+    checks.check_foldable(weights, weights.ndim, "topk_weights", where)
     return weights.reshape(num_tokens * top_k).astype(jnp.float32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from jax_marlin.ops.partition_region import explicit_axes
 
 EXCHANGES = ("all_gather", "all_to_all")
 _FEWEST_TOKENS = 1024  # below, fewer collectives count for more than fewer bytes
@@ -34,7 +37,17 @@ def gathered(layer: Callable, x, ids, weights, axis: str) -> jax.Array:
     """
     x, ids, weights = (jax.lax.all_gather(a, axis, tiled=True) for a in (x, ids, weights))
     out = layer(x, ids, weights).astype(jnp.float32)
-    return jax.lax.psum_scatter(out, axis, tiled=True)
+    return _scattered(out, axis)
+
+
+def _scattered(out, axis: str) -> jax.Array:
+    """`psum_scatter`, which JAX does not lower beside explicit axes: they are automatic in it."""
+    scatter: Callable = functools.partial(jax.lax.psum_scatter, axis_name=axis, tiled=True)
+    sharding = jax.typeof(out).sharding
+    axes = explicit_axes(sharding.mesh)
+    if axes:
+        scatter = jax.sharding.auto_axes(scatter, axes=axes, out_sharding=sharding.spec)
+    return scatter(out)
 
 
 def routed(layer: Callable, x, ids, weights, axis: str, experts: int) -> jax.Array:
