@@ -89,6 +89,7 @@ struct AlignParams {
   int* expert_ids;  // [blocks]
   int* num_tokens_past_padded;  // [1]
   int routes, slots, blocks, num_experts, moe_block_size;
+  int copies;  // counters of an expert, a power of two up to 32; launch_align sets it
 };
 
 }  // namespace jax_marlin
