@@ -58,11 +58,12 @@ struct ClearParams {
 
 // Sum of each token's routed rows (combine_topk.cuh).
 struct CombineParams {
-  const float* rows;  // [tokens * top_k, row_stride]
+  const void* rows;  // [tokens * top_k, row_stride], float32 or the type of out
   const int* topk_ids;  // [tokens, top_k]; rows of ids outside the stack count as zero
   void* out;  // [tokens, columns]
   int64_t tokens, row_stride;
   int columns, top_k, num_experts;
+  bool rows_are_float32;
 };
 
 // Act-order of routed rows (gather_rows.cuh).

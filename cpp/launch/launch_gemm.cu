@@ -56,6 +56,14 @@ cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
                 kClearThreads, 0, Order::kAfter, stream, params);
 }
 
+template <class Element, class Row>
+cudaError_t launch_sum(const CombineParams& params, Order order, cudaStream_t stream) {
+  constexpr int kBlockColumns = kCombineThreads * kCombineColumns<Row>;
+  const dim3 grid(static_cast<unsigned>(params.tokens),
+                  (params.columns + kBlockColumns - 1) / kBlockColumns);
+  return launch(combine_topk<Element, Row>, grid, kCombineThreads, 0, order, stream, params);
+}
+
 }  // namespace
 
 cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem) {
@@ -128,11 +136,11 @@ cudaError_t launch_align(const AlignParams& params, cudaStream_t stream) {
 cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
                            cudaStream_t stream) {
   if (params.tokens == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(params.tokens),
-                  (params.columns + kCombineColumns - 1) / kCombineColumns);
-  const auto kernel =
-      element == ElementType::kFloat16 ? combine_topk<__half> : combine_topk<__nv_bfloat16>;
-  return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
+  const auto wide = element == ElementType::kFloat16 ? launch_sum<__half, float>
+                                                     : launch_sum<__nv_bfloat16, float>;
+  const auto narrow = element == ElementType::kFloat16 ? launch_sum<__half, __half>
+                                                       : launch_sum<__nv_bfloat16, __nv_bfloat16>;
+  return (params.rows_are_float32 ? wide : narrow)(params, order, stream);
 }
 
 }  // namespace jax_marlin
