@@ -175,6 +175,15 @@ LAYERS = {
     "one_call_sum_of_one": {"intermediate": 128, "m": 1, "top_k": 1, "bias": True},
     "one_call_sum_of_nobody": {"intermediate": 96, "m": 1, "routing": "nobody"},
     "one_call_nine_routes": {"intermediate": 96, "m": 1, "top_k": 9, "num_experts": 11},
+    # Blocks of 64 slots and more: rows of the layer's dtype before their sum.
+    "one_call_nine_narrow_rows": {"intermediate": 96, "m": 130, "top_k": 9, "num_experts": 11},
+    "one_call_narrow_rows_odd_columns": {
+        "intermediate": 32,
+        "n": 67,
+        "m": 130,
+        "routing": "skips",
+        "dtype": "bfloat16",
+    },
     "one_call_skips": {"intermediate": 112, "m": 23, "routing": "skips", "bias": True},
     "one_call_nobody": {"intermediate": 16, "routing": "nobody", "group_size": -1},
     "one_call_wide": {"intermediate": 704, "k": 320, "n": 1344, "m": 19, "dtype": "bfloat16"},

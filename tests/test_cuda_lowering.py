@@ -146,6 +146,18 @@ def test_moe_ffn_is_one_call(extension):
     assert results[7] == "1xi32" and results[8].endswith("xui8") and len(results) == 9
 
 
+@pytest.mark.parametrize(("m", "block", "rows"), [(43, 32, "86x200xf32"), (44, 64, "88x200xf16")])
+def test_many_rows_are_narrow_before_their_sum(m, block, rows, extension):
+    def layer(x, *stacks):
+        ids = jnp.zeros((m, 2), jnp.int32)
+        return moe_ffn(x, ids, ids.astype(jnp.float32), *stacks)
+
+    attributes, _, results = custom_call(
+        lowered(layer, *layer_stacks(m=m)), "jax_marlin_moe_ffn_v1"
+    )
+    assert attributes["moe_block_size"] == block and results[2] == rows
+
+
 def test_layers_that_one_call_cannot_take_are_composed(extension):
     x, gate_up, down = layer_stacks()
     odd = layer_stacks(intermediate=72, group_size=-1)

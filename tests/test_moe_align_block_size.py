@@ -58,6 +58,9 @@ SIZES = [  # T, top_k, E, moe_block_size
     (257, 4, 3, 64),
     (19, 10, 1500, 16),  # more experts than a block has threads
     (4096, 2, 9, 32),
+    (40, 10, 8192, 2),  # as many experts as the kernel counts
+    (4096, 8, 128, 128),  # 32,768 routes: all that a thread block holds a bit for
+    (8200, 5, 7, 64),  # more: it reads them twice
 ]
 
 
@@ -91,8 +94,9 @@ def test_expert_map(tokens, top_k, num_experts, moe_block_size, backend):
 
 
 @pytest.mark.parametrize("expert", [0, 4, -1])
-def test_all_rows_to_one_expert_or_to_nobody(expert, backend):
-    ids = np.full((37, 2), expert, np.int32)
+@pytest.mark.parametrize("tokens", [37, 16384, 20000])
+def test_all_rows_to_one_expert_or_to_nobody(tokens, expert, backend):
+    ids = np.full((tokens, 2), expert, np.int32)
     assert_aligned(moe_align_block_size(ids, 16, 5), align_by_loop(ids, 16, 5))
 
 

@@ -127,7 +127,8 @@ ffi::Error moe_ffn(
   const int64_t columns = out->dimensions()[1];
   gate_up.check(checks, *hidden, 2 * intermediate, routes);
   down.check(checks, *rows, columns, routes);
-  checks.expect(*rows, "rows", ffi::F32, {routes, columns});
+  const bool wide_rows = rows->element_type() == ffi::F32;
+  checks.expect(*rows, "rows", wide_rows ? ffi::F32 : x.element_type(), {routes, columns});
   if (!checks.ok()) return checks.error();
   checks.require(down_qweight.dimensions()[0] == gate_up_qweight.dimensions()[0], "down_qweight",
                  "not of as many experts as gate_up_qweight");
@@ -143,14 +144,15 @@ ffi::Error moe_ffn(
   GemmParams& weighted = weights_on_input != 0 ? layer.gate_up.params : layer.down.params;
   weighted.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
   weighted.weights_before_bias = weights_on_input != 0;
-  layer.combine = {static_cast<const float*>(rows->untyped_data()),
+  layer.combine = {rows->untyped_data(),
                    layer.align.topk_ids,
                    out->untyped_data(),
                    tokens,
                    columns,
                    static_cast<int>(columns),
                    static_cast<int>(top_k),
-                   layer.align.num_experts};
+                   layer.align.num_experts,
+                   wide_rows};
   layer.gate_up_perm = optional_data<const int>(gate_up_perm);
   layer.down_perm = optional_data<const int>(down_perm);
   layer.gathered_x = gathered_x->untyped_data();
@@ -187,7 +189,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::AnyBuffer>()
         .Ret<xla::ffi::AnyBuffer>()  // out [T, N]
         .Ret<xla::ffi::AnyBuffer>()  // hidden [T * top_k, I]
-        .Ret<xla::ffi::AnyBuffer>()  // rows [T * top_k, N], float32
+        .Ret<xla::ffi::AnyBuffer>()  // rows [T * top_k, N], float32 or x's dtype
         .Ret<xla::ffi::AnyBuffer>()  // gathered x [T * top_k, >= H], or empty
         .Ret<xla::ffi::AnyBuffer>()  // gathered hidden [T * top_k, I], or empty
         .Ret<xla::ffi::AnyBuffer>()  // sorted_token_ids [L]

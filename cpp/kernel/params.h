@@ -61,11 +61,12 @@ struct ClearParams {
 
 // Sum of each token's routed rows (combine_topk.cuh).
 struct CombineParams {
-  const float* rows;  // [tokens * top_k, row_stride]
+  const void* rows;  // [tokens * top_k, row_stride], float32 or the type of out
   const int* topk_ids;  // [tokens, top_k]; rows of ids outside the stack count as zero
   void* out;  // [tokens, columns]
   int64_t tokens, row_stride;
   int columns, top_k, num_experts;
+  bool rows_are_float32;
 };
 
 // Act-order of routed rows (gather_rows.cuh).
@@ -92,6 +93,7 @@ struct AlignParams {
   int* expert_ids;  // [blocks]
   int* num_tokens_past_padded;  // [1]
   int routes, slots, blocks, num_experts, moe_block_size;
+  int copies;  // counters of an expert, a power of two up to 32; launch_align sets it
 };
 
 }  // namespace jax_marlin

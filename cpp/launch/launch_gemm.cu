@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kMaxGridY = 65535;
 constexpr int64_t kMaxClearBlocks = 1024;
+constexpr int kAlignSlotsBehind = 8192;  // that the last expert may leave to one block
 
 GemmKernel find_kernel(const GemmLaunch& gemm) {
   const bool stored = gemm.params.zero_points != nullptr;
@@ -53,6 +54,14 @@ cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
   const ClearParams params = {static_cast<unsigned char*>(begin), bytes};
   return launch(clear, dim3(static_cast<unsigned>(std::min(blocks, kMaxClearBlocks))),
                 kClearThreads, 0, Order::kAfter, stream, params);
+}
+
+template <class Element, class Row>
+cudaError_t launch_sum(const CombineParams& params, Order order, cudaStream_t stream) {
+  constexpr int kBlockColumns = kCombineThreads * kCombineColumns<Row>;
+  const dim3 grid(static_cast<unsigned>(params.tokens),
+                  (params.columns + kBlockColumns - 1) / kBlockColumns);
+  return launch(combine_topk<Element, Row>, grid, kCombineThreads, 0, order, stream, params);
 }
 
 }  // namespace
@@ -112,19 +121,26 @@ cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t 
 }
 
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream) {
-  const int shared_bytes = params.num_experts * static_cast<int>(sizeof(int));
-  return launch(moe_align, dim3(params.num_experts), kAlignThreads, shared_bytes, Order::kAfter,
-                stream, params);
+  AlignParams p = params;
+  // Lanes that count in copies of their own do not meet; no more counters than ids, or clearing
+  // and summing them takes longer than counting.
+  const int counters = std::min(p.routes, kMaxAlignExperts);
+  for (p.copies = 1; p.copies < 32 && 2 * p.copies * p.num_experts <= counters;) p.copies *= 2;
+  const int threads = (std::clamp(p.routes, 256, kMaxAlignThreads) + 31) / 32 * 32;
+  const int blocks_behind = std::min(1 + (p.slots - p.routes) / kAlignSlotsBehind, 64);
+  return launch(moe_align, dim3(p.num_experts + blocks_behind), threads,
+                (p.num_experts + 1) * p.copies * static_cast<int>(sizeof(int)), Order::kAfter,
+                stream, p);
 }
 
 cudaError_t launch_combine(const CombineParams& params, ElementType element, Order order,
                            cudaStream_t stream) {
   if (params.tokens == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(params.tokens),
-                  (params.columns + kCombineColumns - 1) / kCombineColumns);
-  const auto kernel =
-      element == ElementType::kFloat16 ? combine_topk<__half> : combine_topk<__nv_bfloat16>;
-  return launch(kernel, grid, kCombineThreads, 0, order, stream, params);
+  const auto wide = element == ElementType::kFloat16 ? launch_sum<__half, float>
+                                                     : launch_sum<__nv_bfloat16, float>;
+  const auto narrow = element == ElementType::kFloat16 ? launch_sum<__half, __half>
+                                                       : launch_sum<__nv_bfloat16, __nv_bfloat16>;
+  return (params.rows_are_float32 ? wide : narrow)(params, order, stream);
 }
 
 }  // namespace jax_marlin

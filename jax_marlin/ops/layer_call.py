@@ -29,6 +29,9 @@ from jax_marlin.ops.primitive import (
 from jax_marlin.weights import MarlinExpertStack
 
 TARGET = "jax_marlin_moe_ffn_v1"
+# The block size from which on a layer waits for memory, and rows before their sum take x's dtype:
+# each is rounded once, as their sum is.
+_NARROW_ROWS = 64
 _FRAGMENT = 16  # a block of the kernel pairs 16 columns of gate with the same 16 of up
 
 
@@ -123,10 +126,11 @@ def _custom_call(
     scratch_bytes = ffi_targets.scratch_bytes(
         num_slots, moe_block_size, down_spec.k, down_spec.n, down_spec.bits
     )
+    row_dtype = x.dtype if moe_block_size >= _NARROW_ROWS else np.dtype(np.float32)
     results = [
         ((num_tokens, down_spec.n), x.dtype),
         ((routes, down_spec.k), x.dtype),  # hidden
-        ((routes, down_spec.n), np.float32),  # weighted rows, unless down sums them
+        ((routes, down_spec.n), row_dtype),  # weighted rows, before their sum
         ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order
         ((routes, down_spec.k) if leaves[8].size else (0,), x.dtype),  # hidden in act-order
         ((num_slots,), np.int32),  # sorted_token_ids
