@@ -64,22 +64,25 @@ nb::dict describe(const TileChoice& choice) {
   result["row_blocks"] = choice.row_blocks;
   result["n_blocks"] = choice.n_blocks;
   result["split_k"] = choice.split_k;
+  result["share_x"] = choice.share_x;
+  result["in_boxes"] = choice.in_boxes;
   result["scratch_bytes"] = scratch_bytes(choice);
   return result;
 }
 
 nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
-                     bool has_wgmma, bool gated, int64_t routes, int num_experts) {
-  const TileChoice choice = select_tile(
-      {rows, moe_block_size, k, n, bits, gated, routes, num_experts}, {sm_count, has_wgmma});
-  return describe(choice);
+                     bool has_wgmma, bool gated, int64_t routes, int num_experts, bool x_by_slot) {
+  return describe(
+      select_tile({rows, moe_block_size, k, n, bits, gated, routes, num_experts, x_by_slot},
+                  {sm_count, has_wgmma}));
 }
 
 nb::dict choose_layer(int64_t tokens, int top_k, int num_experts, int hidden, int intermediate,
                       int columns, int bits, int sm_count, bool has_wgmma, bool down_gathers,
-                      int64_t slots, int moe_block_size) {
-  const LayerProblem layer = {tokens, top_k, num_experts,  hidden, intermediate,  columns,
-                              bits,   bits,  down_gathers, slots,  moe_block_size};
+                      int64_t slots, int moe_block_size, bool room_for_slots) {
+  const LayerProblem layer = {
+      tokens, top_k,        num_experts, hidden,         intermediate,   columns,       bits,
+      bits,   down_gathers, slots,       moe_block_size, room_for_slots, room_for_slots};
   const LayerChoice choice = select_layer(layer, {sm_count, has_wgmma});
   nb::dict result;
   result["tables"] = choice.tables;
@@ -114,11 +117,13 @@ NB_MODULE(_jax_marlin, m) {
   m.def("tile_table", &tile_table, "The rows that select_tile chooses from.");
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
-        nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0);
+        nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0,
+        nb::arg("x_by_slot") = false);
   m.def("select_layer", &choose_layer, nb::arg("tokens"), nb::arg("top_k"), nb::arg("num_experts"),
         nb::arg("hidden"), nb::arg("intermediate"), nb::arg("columns"), nb::arg("bits"),
         nb::arg("sm_count"), nb::arg("has_wgmma") = false, nb::arg("down_gathers") = false,
-        nb::arg("slots") = 0, nb::arg("moe_block_size") = 8, "The kernels of a MoE layer.");
+        nb::arg("slots") = 0, nb::arg("moe_block_size") = 8, nb::arg("room_for_slots") = false,
+        "The kernels of a MoE layer.");
   m.def(
       "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");

@@ -175,8 +175,14 @@ LAYERS = {
     "one_call_sum_of_one": {"intermediate": 128, "m": 1, "top_k": 1, "bias": True},
     "one_call_sum_of_nobody": {"intermediate": 96, "m": 1, "routing": "nobody"},
     "one_call_nine_routes": {"intermediate": 96, "m": 1, "top_k": 9, "num_experts": 11},
-    # Blocks of 64 slots and more: rows of the layer's dtype before their sum.
-    "one_call_nine_narrow_rows": {"intermediate": 96, "m": 130, "top_k": 9, "num_experts": 11},
+    # Blocks of 64 slots and more: rows of bfloat16 before their sum.
+    "one_call_nine_narrow_rows": {
+        "intermediate": 96,
+        "m": 130,
+        "top_k": 9,
+        "num_experts": 11,
+        "dtype": "bfloat16",
+    },
     "one_call_narrow_rows_odd_columns": {
         "intermediate": 32,
         "n": 67,
@@ -186,5 +192,43 @@ LAYERS = {
     },
     "one_call_skips": {"intermediate": 112, "m": 23, "routing": "skips", "bias": True},
     "one_call_nobody": {"intermediate": 16, "routing": "nobody", "group_size": -1},
+    # Blocks of 256 rows: hidden in the order of slots and, before 4096 columns of gate_up, x.
+    "one_call_blocks_of_256": {
+        "intermediate": 64,
+        "m": 800,
+        "top_k": 2,
+        "num_experts": 3,
+        "bias": True,
+        "dtype": "bfloat16",
+    },
+    "one_call_blocks_of_256_8bit_skips": {
+        "intermediate": 64,
+        "m": 1100,
+        "top_k": 2,
+        "num_experts": 4,
+        "bits": 8,
+        "zeros": "v1",
+        "routing": "skips",
+        "n": 68,
+        "dtype": "bfloat16",
+    },
+    "one_call_blocks_of_256_sorted_x": {
+        "intermediate": 2048,
+        "m": 1040,
+        "top_k": 1,
+        "num_experts": 2,
+        "k": 32,
+        "bias": True,
+        "zeros": "v2",
+    },
+    "one_call_blocks_of_256_act_order": {
+        "intermediate": 2048,
+        "m": 530,
+        "top_k": 1,
+        "num_experts": 1,
+        "k": 64,
+        "g_idx": "per_expert",
+        "dtype": "bfloat16",
+    },
     "one_call_wide": {"intermediate": 704, "k": 320, "n": 1344, "m": 19, "dtype": "bfloat16"},
 }

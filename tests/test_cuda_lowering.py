@@ -146,16 +146,28 @@ def test_moe_ffn_is_one_call(extension):
     assert results[7] == "1xi32" and results[8].endswith("xui8") and len(results) == 9
 
 
-@pytest.mark.parametrize(("m", "block", "rows"), [(43, 32, "86x200xf32"), (44, 64, "88x200xf16")])
-def test_many_rows_are_narrow_before_their_sum(m, block, rows, extension):
+@pytest.mark.parametrize(
+    ("dtype", "m", "block", "hidden", "rows"),
+    [
+        ("bfloat16", 43, 32, "86x96xbf16", "86x200xf32"),
+        ("bfloat16", 44, 64, "88x96xbf16", "88x200xbf16"),
+        # A row may be larger than float16 holds while the sum is not.
+        ("float16", 44, 64, "88x96xf16", "88x200xf32"),
+        # Beside 1,536 routes 255 slots of padding for each of 3 experts.
+        ("bfloat16", 768, 256, "2301x96xbf16", "1536x200xbf16"),
+    ],
+)
+def test_rows_of_a_layer_of_many_tokens(dtype, m, block, hidden, rows, extension):
+    """Narrow before their sum; hidden ones in the order of slots in blocks of 256."""
+
     def layer(x, *stacks):
         ids = jnp.zeros((m, 2), jnp.int32)
         return moe_ffn(x, ids, ids.astype(jnp.float32), *stacks)
 
     attributes, _, results = custom_call(
-        lowered(layer, *layer_stacks(m=m)), "jax_marlin_moe_ffn_v1"
+        lowered(layer, *layer_stacks(m=m, dtype=dtype)), "jax_marlin_moe_ffn_v1"
     )
-    assert attributes["moe_block_size"] == block and results[2] == rows
+    assert attributes["moe_block_size"] == block and results[1:3] == [hidden, rows]
 
 
 def test_layers_that_one_call_cannot_take_are_composed(extension):

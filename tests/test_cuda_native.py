@@ -11,9 +11,7 @@ pytestmark = pytest.mark.cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "cuda"
-KERNELS = sorted((ROOT / "cpp" / "launch").rglob("*.cu")) + sorted(
-    (ROOT / "cpp").rglob("select_tile.cc")
-)
+KERNELS = sorted((ROOT / "cpp" / "launch").rglob("*.c[cu]"))
 
 
 def build_and_run(tmp_path: Path, architecture: str, *sources: Path) -> str:

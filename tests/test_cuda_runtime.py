@@ -9,6 +9,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import problems
 import pytest
 from layers import bits, build_layer, inputs, run_layers
@@ -47,6 +48,26 @@ def fill_free_memory_with_nan(megabytes: int = 512) -> None:
     jax.block_until_ready(arrays)
     for array in arrays:
         array.delete()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(4097, 200, 4104), pytest.param(129, 4608, 6720, id="split_k")],
+)
+def test_tiles_of_256_rows(m, k, n, dtype):
+    """Many rows, of which the last tile holds a single one; and few rows, whose K is split."""
+    problem = problems.Problem(
+        "tall", m=m, k=k, n=n, group_size=-1, num_experts=1, top_k=1, dtype=dtype, bias=True
+    )
+    case = problems.build(problem)
+    fill_free_memory_with_nan()
+    out = jm.matmul(jnp.asarray(case.x), case.stack()[0], implementation="cuda")
+    assert case.bias is not None
+    weight, bias = case.weights[0], case.bias[0].astype(float)
+    x = case.x.astype(np.float64)
+    budget = oracle.matmul_budget(x, weight, dtype, bias)
+    oracle.assert_within(out, oracle.matmul(x, weight, bias), budget)
 
 
 @pytest.mark.parametrize("problem", problems.PROBLEMS[::3], ids=str)

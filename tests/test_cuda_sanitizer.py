@@ -32,7 +32,7 @@ def test_every_op(tool, family):
     watched = ["--kernel-name", "kns=jax_marlin"]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
     done = subprocess.run(
-        [*command, sys.executable, str(SCRIPT), *family],
+        [*command, sys.executable, str(SCRIPT), tool, *family],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     report = done.stdout + done.stderr

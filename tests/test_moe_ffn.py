@@ -53,6 +53,20 @@ def test_activation_in_one_call(activation, weights_on_input, m, backend):
     oracle.assert_within(out, *expected(layer, activation, weights_on_input=weights_on_input, x=x))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu_clamped"])
+def test_activation_of_blocks_of_256(activation, backend):
+    """Gate and up are halves of a tile there, and meet in shared memory."""
+    layer = build_layer(
+        f"{activation}_256", bias=True, k=32, intermediate=2048, m=520, top_k=1, num_experts=1
+    )
+    x = 4 * layer.x
+    out = moe_ffn(
+        x, *layer.routes, *layer.stacks(), activation=activation, weights_on_input=True,
+        implementation=implementation(backend, "float16"),
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer, activation, weights_on_input=True, x=x))
+
+
 def test_weights_on_input_differ_from_weights_on_output():
     layer = build_layer("llama4", dtype="float32", top_k=1, bias=True)
     on_input, on_output = (

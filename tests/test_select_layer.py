@@ -69,6 +69,24 @@ def test_down_starts_early_where_registers_hold_it_beside_gate_up():
         assert of_one / tile["blocks_per_sm"][bits] + 1 / most_of_down[bits] <= 1
 
 
+def test_many_rows_lie_in_the_order_of_slots_where_there_is_room():
+    def by_slot(**changes):
+        changes = {"slots": 2**14, "moe_block_size": 256, "room_for_slots": True} | changes
+        choice = _jax_marlin.select_layer(4096, bits=4, **(MIXTRAL | H100 | changes))
+        return choice["gate_up"]["in_boxes"], choice["down"]["in_boxes"]
+
+    assert by_slot() == (True, True)
+    assert by_slot(room_for_slots=False) == (False, False)
+    assert by_slot(moe_block_size=128) == (False, False)
+    assert by_slot(intermediate=1024) == (False, True)  # too few columns to repay the pass over x
+    assert by_slot(down_gathers=True) == (True, False)
+    assert by_slot(intermediate=14352) == (
+        False,
+        False,
+    )  # gate's last columns share a tile with up's
+    assert by_slot(has_wgmma=False) == (False, False)
+
+
 def test_gate_up_is_as_alone_where_nothing_starts_early():
     for tokens, sizes, bits, sm_count, choice in choices():
         if choice["down_fits_beside"] or choice["tables"]:

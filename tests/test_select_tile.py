@@ -72,6 +72,12 @@ def test_small_problems_split_k_to_fill_the_gpu():
         assert 64 <= choice["n_blocks"] * choice["split_k"] <= 132
 
 
+def test_sixteen_rows_take_narrow_blocks_where_all_run_at_once():
+    choice = _jax_marlin.select_tile(16, 0, 4096, 4096, 4, 132)
+    assert choice["split_k"] == 1 and choice["n_blocks"] == 128
+    assert _jax_marlin.select_tile(16, 0, 8192, 8192, 4, 132)["n_blocks"] == 64
+
+
 def test_large_problems_do_not_split_k():
     assert _jax_marlin.select_tile(4096, 0, 8192, 28672, 4, 132)["split_k"] == 1
 

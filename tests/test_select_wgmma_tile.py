@@ -46,6 +46,25 @@ def test_parts_of_k_run_together_and_hold_work():
             assert -(-problem[2] // 64) >= 4 * split_k * tile["stage_tiles"]
 
 
+def test_blocks_share_neighbouring_rows_alone():
+    table = _jax_marlin.wgmma_table()
+    shared = set()
+    for problem, by_slot in itertools.product(problems(), (False, True)):
+        choice = _jax_marlin.select_tile(*problem, 132, True, x_by_slot=by_slot)
+        shared.add(choice["share_x"])
+        if choice["share_x"] == 2:
+            assert by_slot or problem[1] == 0  # routed rows of x are gathered one by one
+            assert choice["split_k"] == 1 and choice["n_blocks"] > 1
+        # Rows of the tallest tile cannot be gathered: a thread has no registers for so many.
+        assert by_slot or problem[1] == 0 or table[choice["tile"]]["tile_m"] <= 128
+    assert shared == {1, 2}
+
+
+def test_tall_tiles_split_k_too():
+    choice = _jax_marlin.select_tile(129, 0, 4608, 6720, 4, 132, True)  # as test_cuda_runtime.py
+    assert choice["in_boxes"] and choice["split_k"] == 2 and choice["share_x"] == 1
+
+
 def test_every_tile_is_reachable():
     choices = [_jax_marlin.select_tile(*p, 132, True) for p in problems()]
     assert all(choice["wgmma"] and choice["scratch_bytes"] == 0 for choice in choices)

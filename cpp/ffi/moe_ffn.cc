@@ -121,15 +121,17 @@ ffi::Error moe_ffn(
                            down_perm,
                            down_bias,
                            *gathered_hidden};
-  checks.expect(*hidden, "hidden", x.element_type(), {routes, intermediate})
+  checks.expect(*hidden, "hidden", x.element_type(), {kAny, intermediate})
       .expect(*out, "out", x.element_type(), {tokens, kAny});
   if (!checks.ok()) return checks.error();
   const int64_t columns = out->dimensions()[1];
   gate_up.check(checks, *hidden, 2 * intermediate, routes);
   down.check(checks, *rows, columns, routes);
   const bool wide_rows = rows->element_type() == ffi::F32;
-  checks.expect(*rows, "rows", wide_rows ? ffi::F32 : x.element_type(), {routes, columns});
+  checks.expect(*rows, "rows", wide_rows ? ffi::F32 : x.element_type(), {kAny, columns});
   if (!checks.ok()) return checks.error();
+  checks.require(hidden->dimensions()[0] >= routes, "hidden", "of fewer rows than routes")
+      .require(rows->dimensions()[0] >= routes, "rows", "of fewer rows than routes");
   checks.require(down_qweight.dimensions()[0] == gate_up_qweight.dimensions()[0], "down_qweight",
                  "not of as many experts as gate_up_qweight");
 
@@ -157,6 +159,8 @@ ffi::Error moe_ffn(
   layer.down_perm = optional_data<const int>(down_perm);
   layer.gathered_x = gathered_x->untyped_data();
   layer.gathered_hidden = gathered_hidden->untyped_data();
+  layer.hidden_rows = hidden->dimensions()[0];
+  layer.rows_bytes = static_cast<int64_t>(rows->size_bytes());
 
   DeviceLimits device = {};
   const cudaError_t found = current_device(&device);
@@ -188,8 +192,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<xla::ffi::AnyBuffer>()
         .Arg<xla::ffi::AnyBuffer>()
         .Ret<xla::ffi::AnyBuffer>()  // out [T, N]
-        .Ret<xla::ffi::AnyBuffer>()  // hidden [T * top_k, I]
-        .Ret<xla::ffi::AnyBuffer>()  // rows [T * top_k, N], float32 or x's dtype
+        .Ret<xla::ffi::AnyBuffer>()  // hidden [T * top_k, I], or as many rows as slots
+        .Ret<xla::ffi::AnyBuffer>()  // rows [>= T * top_k, N], float32 or of the type of x
         .Ret<xla::ffi::AnyBuffer>()  // gathered x [T * top_k, >= H], or empty
         .Ret<xla::ffi::AnyBuffer>()  // gathered hidden [T * top_k, I], or empty
         .Ret<xla::ffi::AnyBuffer>()  // sorted_token_ids [L]

@@ -1,4 +1,5 @@
-// Act-order of routed rows: each row of x reordered by the permutation of the expert it goes to.
+// Rows of x for the routes that read them: reordered by the permutation of the expert they go to
+// (act-order), or as they are, in the order of ids or of slots.
 #pragma once
 
 #include "params.h"
@@ -26,9 +27,16 @@ static __global__ void gather_rows(const __grid_constant__ GatherParams p) {
   ptx::launch_dependents();
   const auto [id, expert] = gathered_row(p, blockIdx.x);
   if (expert < 0 || expert >= p.num_experts || id < 0 || id >= p.out_rows) return;
-  const int* perm = p.perm + static_cast<int64_t>(expert) * p.k;
   const uint16_t* from = p.x + id / p.row_divisor * p.x_stride;
-  uint16_t* to = p.gathered + id * p.x_stride;
+  uint16_t* to = p.gathered + (p.by_slot ? blockIdx.x : id) * p.x_stride;
+  if (p.perm == nullptr) {  // rows begin and end at 16 bytes
+    const auto* vectors = reinterpret_cast<const uint4*>(from);
+    for (int i = threadIdx.x; i < p.x_stride / 8; i += blockDim.x) {
+      reinterpret_cast<uint4*>(to)[i] = vectors[i];
+    }
+    return;
+  }
+  const int* perm = p.perm + static_cast<int64_t>(expert) * p.k;
   for (int i = threadIdx.x; i < p.k; i += blockDim.x) {
     const int source = perm[i];
     to[i] = source >= 0 && source < p.k ? from[source] : 0;

@@ -8,6 +8,12 @@ namespace jax_marlin {
 // What an epilogue makes of the gate and up halves of one row (activation.cuh).
 enum class Activation { kNone, kSilu, kGelu, kGeluTanh, kSwigluClamped };
 
+// What the copy engine knows of a matrix in memory (CUDA's CUtensorMap): boxes of it are copied by
+// their place.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
 // Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes.
 struct GemmParams {
   // Operands. Pointers that a problem does not have are null.
@@ -22,7 +28,7 @@ struct GemmParams {
   const int* num_tokens_past_padded;
   const int* topk_ids;         // routed without tables: [out_rows], a row block for each
   const float* topk_weights;   // [out_rows]; null when rows are not weighted
-  void* out;                   // [out_rows, n]
+  void* out;                   // [out_rows, n], or [slots, n] by slot
   float* partials;             // [work tiles, split_k, tile_m, tile columns], when split_k > 1
   int* arrivals;               // [work tiles], zero at entry, when split_k > 1
 
@@ -44,13 +50,17 @@ struct GemmParams {
   int sub_blocks;              // row blocks of one routing block
   int n_blocks;                // blocks along the columns
   int split_k;                 // blocks that share one output tile
+  int share_x;                 // wgmma: blocks of a cluster that copy x for each other
   Activation activation;       // of columns j (gate) and n + j (up), rows weighted before it
   bool out_is_float32;
+  bool x_by_slot;    // wgmma, routed: row s of x is that of slot s
+  bool out_by_slot;  // wgmma, routed: row s of out is that of slot s
   bool columns_first;  // blocks with neighbouring columns run together, not those of rows
   bool x_is_pending;  // the kernel before this one, still running, writes x
   bool zeros_are_pending;  // it zeroes arrivals or out
   bool next_fits_beside;  // the kernel after this one has room while this one runs: it starts early
   bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
+  TensorMap x_boxes;  // wgmma, where rows of x are neighbours: dense, or by slot
 };
 
 // Bytes to zero, from an address that is a multiple of 16 (clear.cuh).
@@ -69,17 +79,18 @@ struct CombineParams {
   bool rows_are_float32;
 };
 
-// Act-order of routed rows (gather_rows.cuh).
+// Routed rows in act-order, in the order of slots, or in both (gather_rows.cuh).
 struct GatherParams {
   const uint16_t* x;  // [x_rows, x_stride]: 16-bit elements are moved, not read
-  const int* perm;  // [num_experts, k]
+  const int* perm;  // [num_experts, k]; null: as they are
   const int* sorted_token_ids;  // null when topk_ids is given
   const int* expert_ids;
   const int* num_tokens_past_padded;
   const int* topk_ids;  // [out_rows], in place of tables
-  uint16_t* gathered;  // [out_rows, x_stride]
+  uint16_t* gathered;  // [out_rows, x_stride], or [slots, x_stride] by slot
   int64_t x_stride, out_rows;
   int slots, k, num_experts, moe_block_size, row_divisor;
+  bool by_slot;
 };
 
 // Experts whose counters fit beside the kernel's own in 48 KB, which needs no opt-in.

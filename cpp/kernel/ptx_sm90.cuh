@@ -2,6 +2,7 @@
 // clusters, register budgets, the order of wgmma.
 #pragma once
 
+#include "params.h"
 #include "ptx.cuh"
 
 namespace jax_marlin::ptx {
@@ -52,6 +53,22 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, int ra
       : "memory");
 }
 
+// Where the object in that place lies in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ uint32_t shared_address_of(const void* shared, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(shared_address(shared)), "r"(rank));
+  return address;
+}
+
+// An arrival by such an address that orders nothing beyond its own block: it says that shared
+// memory has been read, and what was written there is of no concern to others. At the scope of the
+// cluster it would wait for all of the thread's writes, wherever they go.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits until the phase of the given parity is complete. Acquires at cluster scope when remote
 // blocks arrive too.
 template <bool cluster = false>
@@ -98,6 +115,30 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
       :
       : "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// cp.async.bulk.tensor: the box of a matrix that begins at (column, row), completing on a barrier;
+// what lies outside the matrix is zero.
+__device__ __forceinline__ void box_copy(void* shared, const TensorMap& map, int column, int row,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];"
+      :
+      : "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same to that place of shared memory, and barrier, in every block of the cluster in `blocks`.
+__device__ __forceinline__ void box_copy_to(uint16_t blocks, void* shared, const TensorMap& map,
+                                            int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+      :
+      : "r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)),
+        "h"(blocks)
       : "memory");
 }
 

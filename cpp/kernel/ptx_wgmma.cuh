@@ -27,6 +27,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 #define JAX_MARLIN_D16(i) JAX_MARLIN_D8(i), JAX_MARLIN_D8(i + 8)
 #define JAX_MARLIN_D32(i) JAX_MARLIN_D16(i), JAX_MARLIN_D16(i + 16)
 #define JAX_MARLIN_D64(i) JAX_MARLIN_D32(i), JAX_MARLIN_D32(i + 32)
+#define JAX_MARLIN_D128(i) JAX_MARLIN_D64(i), JAX_MARLIN_D64(i + 64)
 
 #define JAX_MARLIN_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define JAX_MARLIN_R16 \
@@ -44,6 +45,15 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 #define JAX_MARLIN_R64 \
   JAX_MARLIN_R48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_MARLIN_R96                                                                           \
+  JAX_MARLIN_R64                                                                                 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define JAX_MARLIN_R128                                                                        \
+  JAX_MARLIN_R96                                                                               \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, " \
+  "%126, %127"
 
 // One width for both element types; the operands after d are a, the descriptor.
 #define JAX_MARLIN_WGMMA_TYPE(type, name, n, registers, operands, a0, a1, a2, a3, b)               \
@@ -78,6 +88,10 @@ JAX_MARLIN_WGMMA(96, JAX_MARLIN_R48, JAX_MARLIN_LIST(JAX_MARLIN_D32(0), JAX_MARL
                  "%49", "%50", "%51", "%52")
 JAX_MARLIN_WGMMA(128, JAX_MARLIN_R64, JAX_MARLIN_LIST(JAX_MARLIN_D64(0)), "%64", "%65", "%66",
                  "%67", "%68")
+JAX_MARLIN_WGMMA(192, JAX_MARLIN_R96, JAX_MARLIN_LIST(JAX_MARLIN_D64(0), JAX_MARLIN_D32(64)), "%96",
+                 "%97", "%98", "%99", "%100")
+JAX_MARLIN_WGMMA(256, JAX_MARLIN_R128, JAX_MARLIN_LIST(JAX_MARLIN_D128(0)), "%128", "%129", "%130",
+                 "%131", "%132")
 
 #undef JAX_MARLIN_WGMMA
 #undef JAX_MARLIN_LIST
@@ -87,7 +101,10 @@ JAX_MARLIN_WGMMA(128, JAX_MARLIN_R64, JAX_MARLIN_LIST(JAX_MARLIN_D64(0)), "%64",
 #undef JAX_MARLIN_R24
 #undef JAX_MARLIN_R32
 #undef JAX_MARLIN_R48
+#undef JAX_MARLIN_R128
+#undef JAX_MARLIN_R96
 #undef JAX_MARLIN_R64
+#undef JAX_MARLIN_D128
 #undef JAX_MARLIN_D64
 #undef JAX_MARLIN_D32
 #undef JAX_MARLIN_D16

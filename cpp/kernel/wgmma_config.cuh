@@ -23,7 +23,8 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kColumnTiles = tile.column_tiles();
   static constexpr int kColumns = tile.columns();
   static constexpr int kGroupColumns = kTile * kGroupTiles;
-  // Gate and up of the same 64 columns are one warpgroup's two column tiles.
+  static constexpr bool kInBoxes = tile.in_boxes();
+  static constexpr bool kHalfTiles = kInBoxes;  // of gate and of up, where a call is gated
   static constexpr bool kCanGate = tile.can_gate();
   static constexpr int kStageTiles = tile.stage_tiles;
   static constexpr int kBatch = tile.batch;
@@ -31,8 +32,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kMinBlocks = tile.min_blocks;
   static constexpr bool kScaleSums = false;  // weights are scaled while they are dequantized
 
-  // The last rows of an expert rarely fill a tile: narrower products spare the tensor cores.
-  static constexpr int kWidthStep = kTileM <= 32 ? 16 : kTileM / 4;
+  static constexpr int kWidthStep = tile.width_step();
   static constexpr int kWidths = kTileM / kWidthStep;
 
   // Rows whose sums are in shared memory at once, to be transposed and, split K, exchanged.

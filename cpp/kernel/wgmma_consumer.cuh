@@ -28,7 +28,22 @@ class Consumer {
       : storage_(storage),
         thread_(threadIdx.x % kWarpgroup),
         group_(group),
-        second_half_(scales_change_inside(p) ? 1 : 0) {}
+        second_half_(scales_change_inside(p) ? 1 : 0),
+        share_x_(p.share_x),
+        tile_(group * Config::kGroupTiles),
+        word_thread_(thread_) {
+    if constexpr (Config::kHalfTiles) {
+      // Two warps with 16 columns of gate each, and two with the same of up.
+      if (p.activation != Activation::kNone) {
+        tile_ = thread_ / 64;
+        word_thread_ = 64 * group + thread_ % 64;
+      }
+    }
+    if constexpr (Config::kInBoxes) {
+      const int rank = static_cast<int>(blockIdx.x) % share_x_;
+      peer_empty_ = ptx::shared_address_of(storage.empty, (rank + thread_ % 32) % share_x_);
+    }
+  }
 
   // sums += product over `stages` stages, rows [0, width * kWidthStep) of the tile.
   template <int width>
@@ -92,21 +107,21 @@ class Consumer {
   // Waits for the stage at at_, unless it is known to be full.
   __device__ __forceinline__ void load(Operands& operands, bool ready) const {
     if (!ready) ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
-    ptx::fence_proxy_async();
+    if constexpr (!Config::kInBoxes) ptx::fence_proxy_async();  // threads wrote x
     const Stage& stage = storage_.stages[at_.slot];
 #pragma unroll
     for (int g = 0; g < Config::kGroupTiles; ++g) {
-      const int tile = group_ * Config::kGroupTiles + g;
+      const int tile = tile_ + g;
 #pragma unroll
       for (int t = 0; t < Config::kStageTiles; ++t) {
         const uint4* words = reinterpret_cast<const uint4*>(stage.weights[tile][t]);
 #pragma unroll
         for (int v = 0; v < Config::kVectors; ++v) {
-          operands.words[t][g][v] = words[thread_ * Config::kVectors + v];
+          operands.words[t][g][v] = words[word_thread_ * Config::kVectors + v];
         }
       }
       // Rows g and g + 8 of this warp's 16 columns are neighbours in the layout.
-      const int at = kTile * tile + thread_ / 32 * 16 + thread_ % 32 / 4 * 2;
+      const int at = kTile * tile + word_thread_ / 32 * 16 + thread_ % 32 / 4 * 2;
 #pragma unroll
       for (int set = 0; set < Storage::kScaleSets; ++set) {
 #pragma unroll
@@ -165,11 +180,20 @@ class Consumer {
 
   __device__ __forceinline__ void release(int slot) {
     if (thread_ % 32 == 0) ptx::mbarrier_arrive(&storage_.empty[slot]);
+    if constexpr (Config::kInBoxes) {
+      if (thread_ % 32 > 0 && thread_ % 32 < share_x_) {
+        ptx::mbarrier_arrive_cluster(peer_empty_ + slot * static_cast<int>(sizeof(uint64_t)));
+      }
+    }
   }
 
   Storage& storage_;
   const int thread_, group_;
   const int second_half_;  // 1 when a tile's last 32 of K have scales of their own
+  const int share_x_;   // blocks that write into this one's stages, and it into theirs
+  int tile_;            // first column tile whose weights this warp multiplies
+  int word_thread_;     // thread of the packed tile whose words this one takes
+  uint32_t peer_empty_ = 0;  // barriers of the other block that this thread reports to
   int stages_to_lead_ = Storage::kLead;  // staggered: until the second warpgroup may start
   RingPosition<Storage::kStages> at_;
 };

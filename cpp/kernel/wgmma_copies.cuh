@@ -22,13 +22,15 @@ struct WorkRequest {
   static constexpr int kRows = kThreadRows<Config>;
 
   int expert, column_block;
-  int row[kRows];
+  int first;       // of its rows where they are neighbours, in x or in out: a row, or a slot
+  int row[kRows];  // of topk_weights, and of out unless that is by slot
 
   __device__ __forceinline__ void load(const GemmParams& p, const WorkOrder<Config>& order,
                                        int index, int first_row) {
     int row_block;
     order.seek(index, row_block, column_block);
     const RowBlock<Config> block(p, row_block, expert);
+    first = block.first;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) row[i] = block.row(first_row + kRowStep<Config> * i);
   }
@@ -36,6 +38,44 @@ struct WorkRequest {
     expert = checked_expert(p, expert);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) row[i] = checked_row(p, row[i]);
+  }
+};
+
+// Rows of x that are neighbours: boxes of kWidthStep rows by 64 of K, as many as the tile's rows
+// need, each requested by a lane of a warp of its own. Of blocks that share x each copies its share
+// to all. Padding behind the last row is whatever the boxes bring: only its own columns of the
+// product depend on it, and those are not stored. Past the end of K boxes are zero.
+template <class Config>
+struct XBoxes {
+  using Stage = typename WgmmaStorage<Config>::Stage;
+  static constexpr int kBytes = Config::kWidthStep * kTile * 2;
+  static_assert(Config::kWidths <= Config::kCopyThreads / 32, "a warp each");
+  static_assert(Config::kStageTiles == 1, "a box a stage, and parts of K end with one");
+  const GemmParams& p;
+  int count, box, row;
+  bool mine;
+
+  __device__ __forceinline__ XBoxes(const GemmParams& p, const WorkRequest<Config>& work, int rows,
+                                    int thread)
+      : p(p),
+        count((rows + Config::kWidthStep - 1) / Config::kWidthStep),
+        box(thread / 32),
+        row(work.first + box * Config::kWidthStep),
+        mine(thread % 32 == 0 && box < count &&
+             box % p.share_x == static_cast<int>(blockIdx.x) % p.share_x) {}
+
+  // That bulk copies bring to a stage.
+  __device__ __forceinline__ int bytes() const { return count * kBytes; }
+
+  __device__ __forceinline__ void copy(Stage& stage, int k_tile, uint64_t* full) const {
+    if (!mine) return;
+    void* to = stage.x[0][box * Config::kWidthStep];
+    const int k = k_tile * kTile;
+    if (p.share_x > 1) {
+      ptx::box_copy_to((1 << p.share_x) - 1, to, p.x_boxes, k, row, full);
+    } else {
+      ptx::box_copy(to, p.x_boxes, k, row, full);
+    }
   }
 };
 
@@ -50,13 +90,14 @@ struct XRows {
   const uint4* from[kRows];  // in the live stage: an address a copy, and nothing else to compute
   int count = 0;             // up to the last row that is no padding
   int vector, swizzled;      // swizzled: place of row 0, in bytes
+  int k_end;
 
-  __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work, int k_tile,
-                                   int thread)
-      : vector(thread % kTileVectors) {
+  __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work,
+                                   const KRange& range, int thread)
+      : vector(thread % kTileVectors), k_end(min(range.end * kTile, p.k)) {
     const int row = thread / kTileVectors;
     swizzled = (row * kTile + (vector ^ row % 8) * kCopyVector) * static_cast<int>(sizeof(Element));
-    const auto* x = static_cast<const uint4*>(p.x) + k_tile * kTileVectors + vector;
+    const auto* x = static_cast<const uint4*>(p.x) + range.begin * kTileVectors + vector;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (work.row[i] >= 0) count = i + 1;
@@ -64,8 +105,21 @@ struct XRows {
     }
   }
 
-  // K tiles that are whole.
-  __device__ __forceinline__ void copy(Stage& stage) {
+  __device__ __forceinline__ int bytes() const { return 0; }
+
+  __device__ __forceinline__ void copy(Stage& stage, int k_tile, uint64_t*) {
+    if ((k_tile + Config::kStageTiles) * kTile <= k_end) {
+      copy_whole(stage);
+    } else {
+      copy_end(stage, k_tile);
+    }
+  }
+
+ private:
+  static constexpr int kStepBytes = kRowStep<Config> * kTile * static_cast<int>(sizeof(Element));
+  static constexpr int kXTileBytes = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
+
+  __device__ __forceinline__ void copy_whole(Stage& stage) {
     const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -80,7 +134,7 @@ struct XRows {
   }
 
   // The last stage, where K ends inside it: what lies past the end is zero.
-  __device__ __forceinline__ void copy_end(Stage& stage, int k_tile, int k_end) const {
+  __device__ __forceinline__ void copy_end(Stage& stage, int k_tile) const {
 #pragma unroll 1
     for (int t = 0; t < Config::kStageTiles; ++t) {
       const int k = (k_tile + t) * kTile + vector * kCopyVector;
@@ -97,10 +151,6 @@ struct XRows {
       }
     }
   }
-
- private:
-  static constexpr int kStepBytes = kRowStep<Config> * kTile * static_cast<int>(sizeof(Element));
-  static constexpr int kXTileBytes = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
 
   // Row of x behind row `id` of out. With m = floor((2^32 - 1) / d) + 1, id * m / 2^32 is the
   // quotient or one more, for all id < 2^31.

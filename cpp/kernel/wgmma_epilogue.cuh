@@ -121,14 +121,15 @@ class WgmmaEpilogue {
     }
   }
 
-  // activation(gate, up) of rows [first, first + kChunk): 64 columns of gate, then the same of up.
-  // A warp a row, two columns a thread: the activation is long, and sums hold most registers.
+  // activation(gate, up) of rows [first, first + kChunk): columns of gate, then the same of up. Two
+  // columns a thread: the activation is long, and sums hold most registers.
   __device__ __forceinline__ void store_gated_chunk(const Work& work, int first) {
-    const int column = thread_ % 32 * 2;
-    const int n = (work.column_block * Config::kGroups + group_) * kTile + column;
+    constexpr int kPairs = Config::kGroupColumns / 2, kRowThreads = kPairs / 2;
+    const int column = thread_ % kRowThreads * 2;
+    const int n = (work.column_block * Config::kGroups + group_) * kPairs + column;
     const auto& shared = storage_.rest.rows[group_].sums;
 #pragma unroll 1
-    for (int r = thread_ / 32; r < Config::kChunk; r += kWarpgroup / 32) {
+    for (int r = thread_ / kRowThreads; r < Config::kChunk; r += kWarpgroup / kRowThreads) {
       const int64_t row = work.out_row[first + r];
       if (row < 0 || n >= p_.n) continue;
       const float weight = work.weight[first + r];
@@ -136,7 +137,7 @@ class WgmmaEpilogue {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float gate = weigh(work.expert, n + i, weight, shared[r][column + i]);
-        const float up = weigh(work.expert, p_.n + n + i, weight, shared[r][kTile + column + i]);
+        const float up = weigh(work.expert, p_.n + n + i, weight, shared[r][kPairs + column + i]);
         narrow[i] = Config::from_float(activate(p_.activation, gate, up));
       }
       *reinterpret_cast<uint32_t*>(static_cast<Element*>(p_.out) + row * p_.n + n) =

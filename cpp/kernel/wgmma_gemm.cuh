@@ -4,7 +4,10 @@
 // the copies of the next piece run while this one is stored.
 #pragma once
 
+#include <type_traits>
+
 #include "wgmma_epilogue.cuh"
+#include "wgmma_gated_store.cuh"
 #include "wgmma_producer.cuh"
 #include "wgmma_row_store.cuh"
 
@@ -15,7 +18,7 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, WgmmaStorage<
   if (threadIdx.x == 0) {
     for (int i = 0; i < WgmmaStorage<Config>::kStages; ++i) {
       ptx::mbarrier_init(&storage.full[i], Config::kCopyThreads + 1);  // + 1: the bulk copies
-      ptx::mbarrier_init(&storage.empty[i], 4 * Config::kGroups);  // a lane of each warp
+      ptx::mbarrier_init(&storage.empty[i], 4 * Config::kGroups * p.share_x);  // from each warp
     }
     for (int i = 0; i < kWorkSlots; ++i) {
       ptx::mbarrier_init(&storage.rest.work_full[i], Config::kCopyThreads);
@@ -27,7 +30,7 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, WgmmaStorage<
     }
     ptx::fence_mbarrier_init();
   }
-  if (p.split_k > 1) {  // no block touches another's barriers before they exist
+  if (p.split_k * p.share_x > 1) {  // no block touches another's barriers before they exist
     ptx::cluster_arrive();
     ptx::cluster_wait();
   } else {
@@ -55,7 +58,8 @@ __device__ __forceinline__ void consume(const GemmParams& p, WgmmaStorage<Config
                                         int group) {
   Consumer<Config> consumer(p, storage, group);
   WgmmaEpilogue<Config> epilogue(p, storage, group);
-  RowStore<Config> rows(p, storage, group);
+  std::conditional_t<Config::kHalfTiles, HalfTileStore<Config>, RowStore<Config>> rows(p, storage,
+                                                                                       group);
   const bool whole_rows = RowStore<Config>::serves(p);
   const KRange k = k_range(p);
   const int stages = (k.end - k.begin + Config::kStageTiles - 1) / Config::kStageTiles;
@@ -92,6 +96,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   } else {
     ptx::take_registers<Config::kMultiplyRegisters>();
     consume<Config>(p, storage, (threadIdx.x - Config::kCopyThreads) / kWarpgroup);
+  }
+  if (p.share_x > 1) {  // others still write here and arrive here
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 #endif
 }

@@ -1,9 +1,10 @@
 // The warpgroups that copy: rows of x, packed weights, scales and zero points into a ring of
 // stages, as far ahead of the products as the ring is long, across pieces of work.
 //
-// All its threads gather x and scales with cp.async; a lane of each warp requests one column tile's
-// weights as a bulk copy. A stage costs the products 500 to 1000 clocks and must cost less here:
-// every thread keeps an address for each of its rows.
+// A lane of each warp requests one column tile's weights as a bulk copy, and a box of x where rows
+// are neighbours. Other rows all threads gather with cp.async, as they do scales: a stage costs the
+// products 500 to 1000 clocks and must cost less here, so every thread keeps an address for each of
+// its rows.
 #pragma once
 
 #include "wgmma_copies.cuh"
@@ -23,8 +24,9 @@ class Producer {
 
   __device__ __forceinline__ void run() {
     const WorkOrder<Config> order(p_);
-    const int clusters = gridDim.x / p_.split_k;
-    int index = blockIdx.x / p_.split_k;
+    const int cluster = p_.split_k * p_.share_x;
+    const int clusters = gridDim.x / cluster;
+    int index = blockIdx.x / cluster;
     Request next;
     if (index < order.count()) next.load(p_, order, index, first_row());
     while (index < order.count()) {
@@ -37,7 +39,11 @@ class Producer {
       const int rows = count_rows(work);
       if (rows == 0) continue;
       publish(work, rows);
-      copy(work);
+      if constexpr (Config::kInBoxes) {
+        copy(work, XBoxes<Config>(p_, work, rows, thread_));
+      } else {
+        copy(work, XRows<Config>(p_, work, k_, thread_));
+      }
     }
     Request end;
     end.expert = -1;
@@ -76,7 +82,7 @@ class Producer {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int at = first_row() + kRowStep<Config> * i, row = request.row[i];
-        work.out_row[at] = row;
+        work.out_row[at] = p_.out_by_slot && row >= 0 ? request.first + at : row;
         work.weight[at] = p_.topk_weights != nullptr && row >= 0 ? p_.topk_weights[row] : 1.f;
       }
     }
@@ -84,28 +90,24 @@ class Producer {
     work_at_.advance();
   }
 
-  // All stages of one piece of work.
-  __device__ __forceinline__ void copy(const Request& work) {
+  // All stages of one piece of work; x: XBoxes or XRows.
+  template <class X>
+  __device__ __forceinline__ void copy(const Request& work, X x) {
     const int warp = thread_ / 32;
     WeightRun<Config> weights(p_, work, k_.begin, warp);
     ScaleRun<Config> scales(p_, work, k_.begin, Config::kCopyThreads - 1 - thread_);
-    XRows<Config> x(p_, work, k_.begin, thread_);
     const bool copies_weights = thread_ % 32 == 0 && warp < Config::kColumnTiles;
-    const int x_end = min(k_.end * kTile, p_.k);
     for (int k_tile = k_.begin; k_tile < k_.end; k_tile += Config::kStageTiles) {
       const int k_tiles = min(k_.end - k_tile, Config::kStageTiles);
       auto& stage = storage_.stages[at_.slot];
       uint64_t* full = &storage_.full[at_.slot];
-      ptx::mbarrier_wait(&storage_.empty[at_.slot], at_.parity ^ 1);
+      ptx::mbarrier_wait(&storage_.empty[at_.slot], at_.parity ^ 1);  // in all that share x
       if (thread_ == 0) {
-        ptx::mbarrier_arrive_expect(full, Config::kColumnTiles * k_tiles * kTileBytes<Config>);
+        const int of_weights = Config::kColumnTiles * k_tiles * kTileBytes<Config>;
+        ptx::mbarrier_arrive_expect(full, of_weights + x.bytes());
       }
       if (copies_weights) weights.copy(stage, k_tiles, warp, full);
-      if ((k_tile + Config::kStageTiles) * kTile <= x_end) {
-        x.copy(stage);
-      } else {
-        x.copy_end(stage, k_tile, x_end);
-      }
+      x.copy(stage, k_tile, full);
       scales.copy(stage);
       ptx::mbarrier_arrive_after_copies(full);
       at_.advance();

@@ -16,9 +16,10 @@ template <class Config>
 class RowStore {
   using Element = typename Config::Element;
   using Storage = WgmmaStorage<Config>;
-  using Work = typename Storage::Work;
 
  public:
+  using Work = typename Storage::Work;
+
   // Whether every row of this call starts and ends at 16 bytes, in sums of one block.
   static __device__ __forceinline__ bool serves(const GemmParams& p) {
     const bool gated = p.activation != Activation::kNone;
@@ -33,9 +34,10 @@ class RowStore {
         thread_(threadIdx.x % kWarpgroup) {}
 
   __device__ __forceinline__ void store(const Work& work, const WgmmaSums<Config>& sums) {
-    if (Config::kCanGate && p_.activation != Activation::kNone) {
-      store_rows<RowKind::kGated>(work, sums);
-    } else if (p_.out_is_float32) {
+    if constexpr (Config::kGroupTiles == 2) {
+      if (p_.activation != Activation::kNone) return store_rows<RowKind::kGated>(work, sums);
+    }
+    if (p_.out_is_float32) {
       store_rows<RowKind::kWide>(work, sums);
     } else {
       store_rows<RowKind::kNarrow>(work, sums);
@@ -45,7 +47,7 @@ class RowStore {
   // Shared memory must outlive the copies that read it.
   __device__ __forceinline__ void finish() { ptx::bulk_store_wait_read<0>(); }
 
- private:
+ protected:
   template <RowKind kind>
   struct Rows {
     static constexpr bool kWide = kind == RowKind::kWide;
@@ -57,7 +59,9 @@ class RowStore {
     static_assert(kOfSlot % 16 == 0, "stmatrix takes two blocks of 8 rows");
   };
 
-  __device__ __forceinline__ void sync() { ptx::named_barrier(kGroupBarrier + group_, kWarpgroup); }
+  __device__ __forceinline__ void sync() const {
+    ptx::named_barrier(kGroupBarrier + group_, kWarpgroup);
+  }
 
   template <RowKind kind>
   __device__ __forceinline__ void store_rows(const Work& work, const WgmmaSums<Config>& sums) {

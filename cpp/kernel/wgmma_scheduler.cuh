@@ -14,7 +14,9 @@ template <class Config>
 class WorkOrder {
  public:
   __device__ __forceinline__ explicit WorkOrder(const GemmParams& p)
-      : n_blocks_(p.n_blocks), row_blocks_(count_row_blocks(p)) {}
+      : share_(p.share_x),
+        n_blocks_((p.n_blocks + p.share_x - 1) / p.share_x),
+        row_blocks_(count_row_blocks(p)) {}
 
   __device__ __forceinline__ int count() const { return row_blocks_ * n_blocks_; }
 
@@ -23,7 +25,7 @@ class WorkOrder {
     const int height = min(kBandRows, row_blocks_ - band * kBandRows);
     const int within = index - band * kBandRows * n_blocks_;
     row_block = band * kBandRows + within % height;
-    column_block = within / height;
+    column_block = within / height * share_ + static_cast<int>(blockIdx.x) % share_;
   }
 
  private:
@@ -36,6 +38,7 @@ class WorkOrder {
     return (used + p.moe_block_size - 1) / p.moe_block_size * p.sub_blocks;
   }
 
+  int share_;  // blocks of a cluster take neighbouring columns of the same rows
   int n_blocks_, row_blocks_;
 };
 
@@ -44,7 +47,7 @@ class WorkOrder {
 template <class Config>
 struct RowBlock {
   const int* ids;  // routed: sorted_token_ids of its rows; null when dense
-  int first;       // dense: row of out
+  int first;       // dense: row of out; routed: slot
   int rows;        // how many to look at
 
   __device__ __forceinline__ RowBlock(const GemmParams& p, int row_block, int& expert) {

@@ -23,6 +23,8 @@ LayerProblem problem_of(const MoeFfnLaunch& layer) {
   problem.down_gathers = layer.down_perm != nullptr;
   problem.slots = align.slots;
   problem.moe_block_size = align.moe_block_size;
+  problem.room_for_x = int64_t{align.slots} * gate_up.x_stride * 2 <= layer.rows_bytes;
+  problem.room_for_hidden = layer.hidden_rows >= align.slots;
   return problem;
 }
 
@@ -51,17 +53,26 @@ void sum_in_down(MoeFfnLaunch& layer) {
   while (p.routes_of_row << (p.route_shift + 1) <= kWarps) ++p.route_shift;
 }
 
-// x's routed rows in act-order, one launch; the GEMM then reads a row of its own for each route.
+// x's routed rows, in act-order when there is a `perm`, in one launch: the GEMM then reads a row of
+// its own for each route or, if it reads x by slot, for each slot.
 cudaError_t gather(GemmParams& p, const int* perm, const AlignParams& align, void* gathered,
                    Order order, cudaStream_t stream) {
   GatherParams g = {};
+  if (p.x_by_slot) {
+    g.by_slot = true;
+    g.sorted_token_ids = p.sorted_token_ids;
+    g.expert_ids = p.expert_ids;
+    g.num_tokens_past_padded = p.num_tokens_past_padded;
+    g.moe_block_size = p.moe_block_size;
+  } else {
+    g.topk_ids = align.topk_ids;
+  }
   g.x = static_cast<const uint16_t*>(p.x);
   g.perm = perm;
-  g.topk_ids = align.topk_ids;
   g.gathered = static_cast<uint16_t*>(gathered);
   g.x_stride = p.x_stride;
   g.out_rows = align.routes;
-  g.slots = align.routes;
+  g.slots = p.x_by_slot ? p.slots : align.routes;
   g.k = p.k;
   g.num_experts = p.num_experts;
   g.row_divisor = p.row_divisor;
@@ -80,7 +91,9 @@ void plan_moe_ffn(MoeFfnLaunch& layer, const DeviceLimits& device) {
   }
   layer.gate_up.choice = choice.gate_up;
   layer.gate_up.params.next_fits_beside = choice.down_fits_beside;
+  layer.gate_up.params.x_by_slot = choice.gate_up.in_boxes;
   layer.down.choice = choice.down;
+  layer.down.params.x_by_slot = layer.gate_up.params.out_by_slot = choice.down.in_boxes;
   layer.down.params.x_is_pending = true;
   if (choice.sums_routes) sum_in_down(layer);
 }
@@ -97,9 +110,10 @@ cudaError_t launch_moe_ffn(const MoeFfnLaunch& layer, cudaStream_t stream) {
   if (status == cudaSuccess && gate_up.params.sorted_token_ids != nullptr) {
     follow(launch_align(layer.align, stream));
   }
-  if (status == cudaSuccess && layer.gate_up_perm != nullptr) {
-    follow(
-        gather(gate_up.params, layer.gate_up_perm, layer.align, layer.gathered_x, order, stream));
+  if (status == cudaSuccess && (layer.gate_up_perm != nullptr || gate_up.params.x_by_slot)) {
+    // By slot there is more to hold than `gathered_x` has room for; nobody has written rows yet.
+    void* to = gate_up.params.x_by_slot ? down.params.out : layer.gathered_x;
+    follow(gather(gate_up.params, layer.gate_up_perm, layer.align, to, order, stream));
   }
   if (status == cudaSuccess) follow(launch_gemm(gate_up, order, stream));
   if (status == cudaSuccess && layer.down_perm != nullptr) {

@@ -7,7 +7,7 @@
 namespace jax_marlin {
 
 struct MoeFfnLaunch {
-  // Leaves, sizes and outputs; launch_moe_ffn fills in the routing and the tile choices.
+  // Leaves, sizes and outputs; plan_moe_ffn fills in the routing and the tile choices.
   GemmLaunch gate_up;             // x -> hidden, gated
   GemmLaunch down;                // hidden -> rows, or to out where down sums them
   AlignParams align;
@@ -16,6 +16,8 @@ struct MoeFfnLaunch {
   const int* down_perm;
   void* gathered_x;               // [tokens * top_k, x_stride] where gate_up_perm
   void* gathered_hidden;          // [tokens * top_k, x_stride] where down_perm
+  int64_t hidden_rows;            // room in hidden: of slots, or of routes
+  int64_t rows_bytes;             // room in rows, which x can take before them
 };
 
 // Completes `layer` for `device`, as select_layer says.

@@ -7,6 +7,9 @@
 namespace jax_marlin {
 namespace {
 
+// Columns of gate_up that repay a pass which brings x to the order of slots.
+constexpr int kColumnsForSlots = 4096;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t routes_of(const LayerProblem& layer) { return layer.tokens * layer.top_k; }
@@ -65,12 +68,15 @@ LayerChoice select_layer(const LayerProblem& layer, const DeviceLimits& device) 
   choice.tables = needs_tables(layer);
   const int64_t routes = routes_of(layer), rows = choice.tables ? layer.slots : routes;
   const int block = choice.tables ? layer.moe_block_size : 1;
-  const GemmProblem gate_up = {
-      rows, block,  layer.hidden,     2 * layer.intermediate, layer.gate_up_bits,
-      true, routes, layer.num_experts};
-  const GemmProblem down = {rows,  block,  layer.intermediate, layer.columns, layer.down_bits,
-                            false, routes, layer.num_experts};
+  GemmProblem gate_up = {rows, block,  layer.hidden,     2 * layer.intermediate, layer.gate_up_bits,
+                         true, routes, layer.num_experts};
+  GemmProblem down = {rows,  block,  layer.intermediate, layer.columns, layer.down_bits,
+                      false, routes, layer.num_experts};
+  gate_up.x_by_slot = choice.tables && layer.room_for_x && gate_up.n >= kColumnsForSlots;
   choice.gate_up = select_tile(gate_up, device);
+  // Only the wgmma kernel writes by slot. Act-order gathers hidden rows by route.
+  down.x_by_slot =
+      choice.tables && layer.room_for_hidden && !layer.down_gathers && choice.gate_up.wgmma;
   choice.sums_routes = sums_routes(layer);
   choice.down = choice.sums_routes ? choose_routes_tile(layer) : select_tile(down, device);
   // Only in code of sm_90 does a kernel wait for the one before it, and so may start early.

@@ -13,6 +13,7 @@ struct LayerProblem {
   bool down_gathers;  // rows of its own between the two products: act-order that is not folded
   int64_t slots;  // of routing tables, where there are any
   int moe_block_size;
+  bool room_for_x, room_for_hidden;  // in the order of slots
 };
 
 struct LayerChoice {

@@ -73,12 +73,17 @@ int select_width(const GemmProblem& problem, int sm_count) {
   const TileRange range = fitting_tiles(problem);
   const int tile_m = kTileTable[range.first].tile_m;
   if (tile_m == 8) return select_narrow_rows(problem, range, sm_count);
+  const auto blocks_of = [&](int tile) {
+    return row_blocks(problem, kTileTable[tile]) * ceil_div(problem.n, kTileTable[tile].columns());
+  };
+  const int narrow = std::max(range.first, range.last - 1);
+  // The narrowest of 16 rows where its blocks run at once: K is split least.
+  if (range.first < narrow && blocks_of(range.first) <= sm_count) return range.first;
   // Wide where it gives each multiprocessor two blocks, or where weights are large all the same.
-  const TileConfig& wide = kTileTable[range.last];
-  const int64_t blocks = row_blocks(problem, wide) * ceil_div(problem.n, wide.columns());
+  const int64_t blocks = blocks_of(range.last);
   const int64_t large = int64_t{1} << (tile_m == 16 ? 25 : 26);
   const bool fits = static_cast<int64_t>(problem.k) * problem.n >= large || blocks >= 2 * sm_count;
-  return fits ? range.last : range.first;
+  return fits ? range.last : narrow;
 }
 
 // Parts of K, where blocks leave half of the multiprocessors idle and each part still feeds all

@@ -13,6 +13,7 @@ struct GemmProblem {
   bool gated = false;  // gate and up columns meet in one block, whose K is not split
   int64_t routes = 0;  // routed by tables: what the slots hold without padding, over
   int num_experts = 0;  // this many experts
+  bool x_by_slot = false;  // routed by tables: rows of x lie in the order of slots
 };
 
 // What of a GPU the choice depends on.
@@ -29,6 +30,8 @@ struct TileChoice {
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
   int n_blocks;
   int split_k;
+  int share_x = 1;  // wgmma: blocks of a cluster that copy rows of x for each other
+  bool in_boxes = false;  // wgmma: rows of x must be neighbours, dense or by slot
 };
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);

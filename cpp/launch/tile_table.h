@@ -39,7 +39,14 @@ constexpr TileConfig kTileTable[] = {
      .chunk = 8,
      .stages = 4,
      .min_blocks = 3},
-    // 16 rows.
+    // 16 rows; the narrow one for weights whose blocks all run at once, without parts of K to add.
+    {.tile_m = 16,
+     .fragments = 2,
+     .frags_n = 1,
+     .depth = 8,
+     .chunk = 2,
+     .stages = 5,
+     .min_blocks = 1},
     {.tile_m = 16,
      .fragments = 4,
      .frags_n = 1,
@@ -55,8 +62,8 @@ constexpr TileConfig kTileTable[] = {
      .stages = 3,
      .min_blocks = 2},
     // 32 and 64 rows: x is read from shared memory more than weights are from memory, so a warp
-    // takes
-    // two column fragments to each token fragment, and a block two column tiles to each row of x.
+    // takes two column fragments to each token fragment, and a block two column tiles to each row
+    // of x.
     {.tile_m = 32,
      .fragments = 8,
      .frags_n = 2,

@@ -29,9 +29,11 @@ from jax_marlin.ops.primitive import (
 from jax_marlin.weights import MarlinExpertStack
 
 TARGET = "jax_marlin_moe_ffn_v1"
-# The block size from which on a layer waits for memory, and rows before their sum take x's dtype:
-# each is rounded once, as their sum is.
-_NARROW_ROWS = 64
+# Moe block sizes from which on memory and tensor cores, not launches, are what a layer waits for.
+_NARROW_ROWS = 64  # rows before their sum are bfloat16, each rounded once, as their sum is
+_BY_SLOT = 256  # hidden lies in the order of slots
+# Columns of gate_up from which on x goes to the order of slots, too: the kernels' kColumnsForSlots.
+_SORTED_X_COLUMNS = 4096
 _FRAGMENT = 16  # a block of the kernel pairs 16 columns of gate with the same 16 of up
 
 
@@ -126,11 +128,23 @@ def _custom_call(
     scratch_bytes = ffi_targets.scratch_bytes(
         num_slots, moe_block_size, down_spec.k, down_spec.n, down_spec.bits
     )
-    row_dtype = x.dtype if moe_block_size >= _NARROW_ROWS else np.dtype(np.float32)
+    # Not float16: a row may be larger than that holds while the sum is not.
+    narrow = moe_block_size >= _NARROW_ROWS and x.dtype == jnp.bfloat16
+    # Copies find rows of a block side by side where hidden lies in the order of slots, padding
+    # between them. Act-order moves its rows anyway.
+    by_slot = moe_block_size >= _BY_SLOT and not leaves[8].size
+    row_dtype = x.dtype if narrow else np.dtype(np.float32)
+    num_rows = routes
+    if moe_block_size >= _BY_SLOT and gate_up_spec.n >= _SORTED_X_COLUMNS:
+        # x in the order of slots takes the place of these rows until they are written.
+        row_bytes = down_spec.n * row_dtype.itemsize
+        with_room = max(routes, -(-num_slots * x.shape[1] * x.dtype.itemsize // row_bytes))
+        num_rows = with_room if with_room < 2**31 else routes
     results = [
         ((num_tokens, down_spec.n), x.dtype),
-        ((routes, down_spec.k), x.dtype),  # hidden
-        ((routes, down_spec.n), row_dtype),  # weighted rows, before their sum
+        ((num_slots if by_slot else routes, down_spec.k), x.dtype),  # hidden
+        # Weighted rows, unless down sums them.
+        ((num_rows, down_spec.n), row_dtype),
         ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order
         ((routes, down_spec.k) if leaves[8].size else (0,), x.dtype),  # hidden in act-order
         ((num_slots,), np.int32),  # sorted_token_ids

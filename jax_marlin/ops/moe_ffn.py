@@ -41,9 +41,9 @@ def moe_ffn(
     """sum over slots of topk_weights * down[id](act(gate_up[id](x))), for each token.
 
     Sums are float32; the activation's result is rounded to x's dtype once, and the output once. The
-    CUDA kernels round down's weighted rows, too, when experts have some 30 rows and more. Biases of
-    the stacks are added to gate_up's and down's products. Expert ids that are negative or out of
-    range contribute nothing.
+    CUDA kernels round down's weighted rows to bfloat16, too, when experts have some 30 rows of that
+    dtype and more. Biases of the stacks are added to gate_up's and down's products. Expert ids that
+    are negative or out of range contribute nothing.
 
     Reverse mode gives gradients of x, topk_weights and the biases (and of a `DenseExpertStack`'s
     weights). It keeps only the arguments and computes gate_up's product again: 5/3 of the forward

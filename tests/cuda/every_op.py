@@ -9,11 +9,11 @@ import numpy as np
 
 import jax_marlin as jm
 
-# One row count for each tile of the kernel's table, and one past the largest.
+# One row count for each height of a tile up to 64, and one past it.
 ROWS = (1, 9, 17, 33, 67)
 
 
-def main(dtype: str, bits: int, zero_points: str) -> None:
+def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
     """One family of kernels: each dtype, width and kind of zero points is compiled for itself."""
     rng = np.random.default_rng(5)
     # Sanitized, each small program of XLA takes a second: weights and inputs are made on the host.
@@ -23,11 +23,20 @@ def main(dtype: str, bits: int, zero_points: str) -> None:
         down = jm.quantize(rng.normal(size=(3, 72, 96)) / 10, group_size=-1, **options)
         wide = jm.quantize(rng.normal(size=(3, 96, 256)) / 10, group_size=32, **options)
         narrow = jm.quantize(rng.normal(size=(3, 128, 96)) / 10, group_size=-1, **options)
+        one, flat = (
+            jm.quantize(rng.normal(size=(1, *size)) / 10, group_size=-1, **options)
+            for size in ((96, 256), (128, 72))
+        )
+        tall, deep = (
+            jm.quantize(rng.normal(size=(1, *size)) / 10, group_size=-1, **options)
+            for size in ((96, 4096), (2048, 72))
+        )
         long = jm.quantize(rng.normal(size=(2048, 64)) / 10, group_size=128, **options)
     # Act-order of each expert's own: the gather kernel.
     perm = np.stack([rng.permutation(96).astype(np.int32) for _ in range(3)])
-    on_gpu = jax.device_put((gate_up, down, wide, narrow, long, perm), jax.devices()[0])
-    gate_up, down, wide, narrow, long, perm = on_gpu
+    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, long, perm)
+    on_gpu = jax.device_put(stacks, jax.devices()[0])
+    gate_up, down, wide, narrow, one, flat, tall, deep, long, perm = on_gpu
     permuted = dataclasses.replace(gate_up, perm=perm)
 
     def routed(x, topk_weights, topk_ids, counts):
@@ -51,10 +60,21 @@ def main(dtype: str, bits: int, zero_points: str) -> None:
             result = jax.jit(operation)(x, topk_weights, topk_ids, counts)
             assert np.isfinite(np.asarray(result).astype(np.float32)).all()
             print(f"{name} of {rows} rows ran", flush=True)
+    # Blocks of 128 rows, and of 256 with hidden in the order of slots; then with x, too, which two
+    # blocks share, and parts of K that meet in a cluster. There racecheck reports every slot of a
+    # ring that is filled again, for it does not follow arrivals from another block.
+    layers = [(300, 3, (wide, narrow)), (530, 1, (one, flat))]
+    if tool != "racecheck":
+        layers.append((530, 1, (tall, deep)))
+    for rows, experts, layer in layers:
+        x = jnp.asarray(rng.normal(size=(rows, 96)), dtype)
+        topk_ids = jnp.asarray(rng.integers(0, experts, (rows, experts)), jnp.int32)
+        result = jax.jit(jm.moe_ffn)(x, topk_ids, jnp.full(topk_ids.shape, 0.5), *layer)
+        assert np.isfinite(np.asarray(result).astype(np.float32)).all()
     # Split K with its scratch: few columns, long K.
     jax.block_until_ready(long(jnp.ones((5, 2048), dtype)))
     print("every op ran")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

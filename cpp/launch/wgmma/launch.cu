@@ -1,10 +1,11 @@
-// Launches the wgmma kernel: blocks that stay, in clusters when K is split.
+// Launches the wgmma kernel: blocks that stay, in clusters where they split K or share rows of x.
 
 #include <algorithm>
 
 #include "../device_setup.h"
 #include "instances.h"
 #include "launch.h"
+#include "tensor_map.h"
 #include "tile_table.h"
 
 namespace jax_marlin {
@@ -21,7 +22,7 @@ GemmKernel find_kernel(const GemmLaunch& gemm) {
 }  // namespace
 
 // The instructions are sm_90a's alone: code for them runs on no other compute capability, and code
-// for others has no kernel body.
+// for others has no kernel body. Drivers older than CUDA 12 have no tensor maps.
 bool has_wgmma() {
 #ifndef JAX_MARLIN_HAS_WGMMA
   return false;
@@ -30,7 +31,7 @@ bool has_wgmma() {
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
+         major == 9 && minor == 0 && can_encode_boxes();
 }
 
 cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t stream) {
@@ -42,25 +43,36 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   params.n_blocks = choice.n_blocks;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
+  params.share_x = choice.share_x;
+  const WgmmaTile& tile = kWgmmaTable[choice.tile].tile;
+  if (tile.in_boxes()) {
+    const RowMatrix x = {params.x, params.x_by_slot ? params.slots : params.out_rows, params.k,
+                         params.x_stride};
+    const cudaError_t encoded = encode_boxes(&params.x_boxes, x, gemm.element, tile.width_step());
+    if (encoded != cudaSuccess) return encoded;
+  }
   const GemmKernel kernel = find_kernel(gemm);
   bool overlaps = false;
   const cudaError_t ready =
       set_up_kernel(reinterpret_cast<const void*>(kernel.function), kernel.shared_bytes, &overlaps);
   if (ready != cudaSuccess) return ready;
 
-  const WgmmaTile& tile = kWgmmaTable[choice.tile].tile;
-  const int64_t resident = static_cast<int64_t>(sm_count) * tile.min_blocks / choice.split_k;
-  const int64_t clusters = std::min(tiles, std::max<int64_t>(resident, 1));
+  // Blocks of a cluster are parts of K, or share rows of x; then they take a tile each.
+  const int blocks = choice.split_k * choice.share_x;
+  const int64_t pieces =
+      choice.row_blocks * ((choice.n_blocks + choice.share_x - 1) / choice.share_x);
+  const int64_t resident = static_cast<int64_t>(sm_count) * tile.min_blocks / blocks;
+  const int64_t clusters = std::min(pieces, std::max<int64_t>(resident, 1));
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(choice.split_k), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * choice.split_k));
+  config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = kernel.shared_bytes;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = choice.split_k > 1 ? 1 : 0;
+  config.numAttrs = blocks > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel.function, params);
 }
 

@@ -29,6 +29,9 @@ TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
                              : ceil_div(problem.rows, t.tile_m);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, t.columns()));
   choice.split_k = split_k;
+  choice.in_boxes = t.in_boxes();
+  // Neighbouring columns read the same rows: two blocks together ask L2 for them half as often.
+  if (choice.in_boxes && split_k == 1 && choice.n_blocks > 1) choice.share_x = 2;
   return choice;
 }
 
@@ -48,6 +51,11 @@ int64_t estimate(const GemmProblem& problem, const TileChoice& choice, int sm_co
   return all + (split_k == 1 ? 0 : split_k * (750 * split_k + elements / 5));
 }
 
+// Rows that are not neighbours cannot come in boxes.
+bool serves(const GemmProblem& problem, const WgmmaTile& tile) {
+  return !tile.in_boxes() || problem.moe_block_size == 0 || problem.x_by_slot;
+}
+
 }  // namespace
 
 bool prefers_wgmma(const GemmProblem& problem) {
@@ -60,13 +68,14 @@ TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
   // Routed: the smallest tile that takes a routing block, else the largest.
   int routed_rows = kWgmmaTable[0].tile.tile_m;
   for (const WgmmaTileRow& row : kWgmmaTable) {
-    if (routed_rows < problem.moe_block_size) routed_rows = row.tile.tile_m;
+    if (serves(problem, row.tile) && routed_rows < problem.moe_block_size)
+      routed_rows = row.tile.tile_m;
   }
   TileChoice best = {};
   int64_t least = INT64_MAX;
   for (int tile = 0; tile < kNumWgmmaTiles; ++tile) {
     const WgmmaTile& t = kWgmmaTable[tile].tile;
-    if (routed && t.tile_m != routed_rows) continue;
+    if (!serves(problem, t) || (routed && t.tile_m != routed_rows)) continue;
     if (problem.gated && !t.can_gate()) continue;
     for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
       const TileChoice choice = choice_of(problem, tile, split_k);

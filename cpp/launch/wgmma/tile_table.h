@@ -29,6 +29,9 @@ constexpr WgmmaTileRow kWgmmaTable[] = {
     {{128, 2, 1, 1, 2, 1, 2}, 820, 820, 3500},
     {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 4000},
     {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 4500},
+    // Rows that are neighbours: products of twice the width, for which each weight is dequantized
+    // half as often, and copies that take no threads.
+    {{256, 2, 1, 1, 2, 1, 1}, 1160, 1160, 4500},
 };
 constexpr int kNumWgmmaTiles = sizeof(kWgmmaTable) / sizeof(kWgmmaTable[0]);
 
