@@ -136,6 +136,11 @@ class CanonicalLinear:
             )
         if self.words.dtype != np.uint32:
             raise TypeError(f"{where}: words have dtype {self.words.dtype}, expected uint32")
+        if self.awq and (self.bits != 4 or self.perm is not None):
+            raise ValueError(
+                f"{where}: words in AWQ's form have {self.bits} bits and "
+                f"{'no perm' if self.perm is None else 'a perm'}, expected 4 and none"
+            )
         if self.awq:
             _check_shape(self.words, "words", (k, n // AWQ_COLUMNS), "(K, N / 8)", where)
         else:

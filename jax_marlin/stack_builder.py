@@ -19,7 +19,7 @@ from jax_marlin.weights import MarlinExpertStack
 
 
 class StackBuilder:
-    """Packs experts into the leaves of one stack; peak host memory is the stack plus one expert.
+    """Packs experts into the leaves of one stack; beside it the host holds what is set at once.
 
     The optional leaves (zero_points, perm, bias) come into being with the first expert that needs
     them; experts before and after hold the neutral value (`2**(bits - 1)`, the identity, zero).
@@ -116,7 +116,7 @@ class StackBuilder:
         """`set_expert` of experts that follow one another; small ones are packed sooner together.
 
         Args:
-            experts: which, each 0 <= e < E.
+            experts: which, one after the other, each 0 <= e < E.
             weights: of each.
             wheres: of each the module that errors are reported for.
             columns: see `set_expert`.
@@ -128,10 +128,13 @@ class StackBuilder:
         start, stop = _column_range(columns, self._spec.n, wheres[0])
         spec = dataclasses.replace(self._spec, n=stop - start)
         tiles = slice(start // TILE, start // TILE + spec.n_tiles)
+        if experts.step != 1:
+            raise ValueError(f"{wheres[0]}: experts are {experts}, expected a step of 1")
         for e, canonical, where in zip(experts, weights, wheres, strict=True):
             if not 0 <= e < self._num_experts:
                 raise IndexError(f"{where}: expert {e} is outside 0..{self._num_experts - 1}")
             canonical.check(spec, where)
+        for e, canonical, where in zip(experts, weights, wheres, strict=True):
             self._set_groups(e, canonical, where, spec, tiles, slice(start, stop))
         packed = leaves["qweight"][experts.start : experts.stop, tiles]
         pack_canonical(weights, spec, packed)

@@ -90,6 +90,13 @@ def test_joined_columns_of_awq_words(first, second):
     assert joined.awq == (first and second)
 
 
+def test_awq_words_have_4_bits_and_no_order_of_their_own():
+    weight = as_awq(random_weight(64, 64))
+    permuted = dataclasses.replace(weight, perm=np.arange(64, dtype=np.int32)[::-1].copy())
+    with pytest.raises(ValueError, match="words in AWQ's form have 4 bits and a perm, expected 4 "):
+        tiles_of(permuted)
+
+
 def test_awq_words_of_another_shape_are_refused():
     weight = as_awq(random_weight(64, 64))
     cut = dataclasses.replace(weight, words=weight.words[:32])

@@ -20,6 +20,23 @@ CUTS = [
 
 
 @pytest.mark.parametrize("kind, axis, of_x, sums, spec", CUTS)
+@pytest.mark.parametrize("mesh", [MESH, cpu_mesh(AxisType.Auto)], ids=["explicit", "automatic"])
+def test_matmul_while_a_mesh_is_set(mesh, kind, axis, of_x, sums, spec):
+    problem = case("set_mesh", zeros="v1", m=8)
+    x, stack = put(mesh, problem.x, *of_x), jm.shard(problem.stack(), mesh, kind, axis)
+    with jax.set_mesh(mesh):
+        out, found = run(lambda x, stack: jm.matmul(x, stack[1]), x, stack)
+        gradient = jax.grad(lambda x: jm.matmul(x, stack[1]).sum())(x)
+    weight, dtype = problem.weights[1], problem.x.dtype
+    budget = oracle.matmul_budget(problem.x, weight, dtype)
+    oracle.assert_within(out, oracle.matmul(problem.x, weight), budget)
+    ones = np.ones(out.shape)
+    budget = oracle.matmul_budget(ones, weight.T, dtype)
+    oracle.assert_within(gradient, oracle.matmul(ones, weight.T), budget)
+    assert kinds(found) == sums
+
+
+@pytest.mark.parametrize("kind, axis, of_x, sums, spec", CUTS)
 def test_matmul(kind, axis, of_x, sums, spec):
     problem = case("explicit", zeros="v1", bias=True)
     x, stack = put(MESH, problem.x, *of_x), jm.shard(problem.stack(), MESH, kind, axis)

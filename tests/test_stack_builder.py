@@ -186,6 +186,9 @@ def test_bad_arguments_of_the_builder_are_refused():
     builder = StackBuilder(2, SPEC, np.float16)
     with pytest.raises(IndexError, match=r"expert 2 is outside 0\.\.1"):
         builder.set_expert(2, random_linear(0))
+    both = [random_linear(0), random_linear(1)]
+    with pytest.raises(ValueError, match=r"^b: experts are range\(0, 4, 2\), expected a step of 1"):
+        builder.set_experts(range(0, 4, 2), both, ["b", "c"])
     for columns in (slice(32, 192), slice(0, 100), slice(0, 256), slice(64, 64)):
         with pytest.raises(
             ValueError, match=r"columns are .* join the parts with canonical.concat_columns"

@@ -4,7 +4,8 @@ XLA cannot look into a custom call or a loop over experts: left alone it gathers
 every device. `custom_partitioning` tells it which axes of operands and result belong together (a
 Shardy rule) and what each device does with its shard. It is applied where a primitive is lowered,
 innermost, so that `vmap` and gradients never meet it, and only in programs that span several
-devices: programs for one device, and bodies of `jax.shard_map`, lower as if it did not exist.
+devices: programs for one device, and bodies of `jax.shard_map` over all axes, lower as if it did
+not exist.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jax.experimental.custom_partitioning import (
     SdyShardingRule,
     custom_partitioning,
 )
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from jax_marlin.ops.partition_region import explicit_axes, region_of
 
@@ -175,7 +176,8 @@ def _partition(partitioning: Partitioning, params, types, mesh, operands, result
     if not all(isinstance(s, NamedSharding) for s in (*shardings, result.sharding)):
         raise ValueError(
             f"{partitioning.named(params)}: the operands' shardings name no mesh; place arrays by "
-            "NamedSharding on one mesh, or call inside jax.shard_map"
+            "NamedSharding on one mesh (one operand is enough, say by with_sharding_constraint), "
+            "or call inside jax.shard_map"
         )
     scheme = partitioning.scheme(operands, params)
     _check_not_gathered(partitioning.named(params), types, operands, scheme.names)
@@ -185,7 +187,9 @@ def _partition(partitioning: Partitioning, params, types, mesh, operands, result
         return NamedSharding(mesh, PartitionSpec(*(axes.get(f or "") or None for f in factors)))
 
     def local(*shards):
-        return partitioning.local(axes, shards, params)
+        # JAX traces this where the user's `jax.set_mesh` still holds; a shard knows no mesh.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return partitioning.local(axes, shards, params)
 
     return mesh, local, placed(scheme.result), tuple(placed(f) for f in scheme.operands)
 
