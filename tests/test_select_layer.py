@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 
+from jax_marlin.ops import layer_call
+
 _jax_marlin = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
 
 QWEN3 = {"top_k": 8, "num_experts": 128, "hidden": 2048, "intermediate": 768, "columns": 2048}
@@ -80,6 +82,9 @@ def test_many_rows_lie_in_the_order_of_slots_where_there_is_room():
     assert by_slot(moe_block_size=128) == (False, False)
     assert by_slot(intermediate=1024) == (False, True)  # too few columns to repay the pass over x
     assert by_slot(down_gathers=True) == (True, False)
+    # Python makes the room from as many columns on.
+    least = layer_call._SORTED_X_COLUMNS // 2
+    assert by_slot(intermediate=least)[0] and not by_slot(intermediate=least - 64)[0]
     assert by_slot(intermediate=14352) == (
         False,
         False,

@@ -12,7 +12,6 @@ constexpr int kStaggerBarrier = 2;
 constexpr int kGroupBarrier = 3;     // + warpgroup
 constexpr int kWorkSlots = 2;       // pieces of work whose description is in shared memory
 constexpr int kRowPadding = 16;     // bytes: 8 rows of a matrix lie in different banks
-constexpr int kWgmmaMaxSplit = 8;   // blocks of a portable cluster
 
 template <class Element_, int bits, ZeroPoints zero_points, WgmmaTile tile>
 struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
@@ -24,8 +23,8 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kColumns = tile.columns();
   static constexpr int kGroupColumns = kTile * kGroupTiles;
   static constexpr bool kInBoxes = tile.in_boxes();
-  static constexpr bool kHalfTiles = kInBoxes;  // of gate and of up, where a call is gated
   static constexpr bool kCanGate = tile.can_gate();
+  static constexpr bool kHalfTiles = kCanGate && kGroupTiles == 1;  // of gate and of up
   static constexpr int kStageTiles = tile.stage_tiles;
   static constexpr int kBatch = tile.batch;
   static constexpr int kThreads = tile.threads();
