@@ -8,13 +8,15 @@ product that is driven wrongly from one that is not. Humming runs in this proces
 kernels ends the run, and its memory is what JAX leaves.
 """
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ ERRORS = (
 _LOOSE, _CHECKED_ROWS = 0.25, 8
 _WARM_UP = 3
 _SHIFT = 61  # output features that the next expert's weights are rolled by
+_GEMM_TYPES = {"dense": "dense", "indexed": "indexed", "grouped": "grouped_contiguous"}
 
 
 def why_not(quantization: Quantization) -> str | None:
@@ -66,30 +69,37 @@ def attempt(function: Callable[..., Any], *args: Any) -> tuple[Any, str | None]:
 class Humming:
     """Humming's weights for a dense or moe shape, in as many copies as ours.
 
-    One random expert is quantized; the others are the same one, rolled along its output features.
+    One random expert is quantized; the others are the same one, rolled along its output features,
+    so that a product with the wrong expert is far from the right one. Copies have equal values in
+    memory of their own. All numbers of rows and all ways of calling share them.
+
+    Left alone, Humming chooses kernels for all numbers of rows up to 65536 and compiles them, about
+    fifty for a moe shape, before the first of them runs. It is given its own choices for `rows`
+    alone: the same kernels run. A mode's first call compiles them, side by side.
     """
 
-    def __init__(self, shape: Shape, quantization: Quantization, copies: int):
+    def __init__(self, shape: Shape, quantization: Quantization, copies: int, rows: Sequence[int]):
+        """`rows`: every number of tokens that `microseconds` gets."""
         layer_type = importlib.import_module("humming.layer").HummingLayer
         torch = _torch()
         self.shape, self.dtype = shape, getattr(torch, str(quantization.dtype))
         experts = None if shape.kind == "dense" else shape.experts
         group_size = max(quantization.group_size, 0)  # 0: one group
         self.weight = torch.randn(shape.n, shape.k, device="cuda", dtype=self.dtype)
-        self.layers = []
-        for _ in range(copies):
-            with torch.device("cuda"):  # gigabytes need not pass through the host
-                layer = layer_type(
-                    shape_n=shape.n, shape_k=shape.k, num_experts=experts, torch_dtype=self.dtype,
-                    weight_config={"dtype": f"int{quantization.bits}", "group_size": group_size},
-                )  # fmt: skip
-            schema = layer.weight_schema
-            for name, packed in schema.quant_tensor(self.weight, schema, self.dtype).items():
-                own = getattr(layer, name).data
-                for expert, part in enumerate(own if experts else [own]):
-                    part.copy_(packed.roll(_SHIFT * expert, 0))
-            layer.transform()
-            self.layers.append(layer)
+        with torch.device("cuda"):  # gigabytes need not pass through the host
+            layer = layer_type(
+                shape_n=shape.n, shape_k=shape.k, num_experts=experts, torch_dtype=self.dtype,
+                weight_config={"dtype": f"int{quantization.bits}", "group_size": group_size},
+            )  # fmt: skip
+        schema = layer.weight_schema
+        for name, packed in schema.quant_tensor(self.weight, schema, self.dtype).items():
+            own = getattr(layer, name).data
+            for expert, part in enumerate(own if experts else [own]):
+                part.copy_(packed.roll(_SHIFT * expert, 0))
+        layer.transform()
+        self.layers = [layer, *(copy.deepcopy(layer) for _ in range(copies - 1))]
+        modes = ("dense",) if shape.kind == "dense" else ("indexed", "grouped")
+        self.configs = {mode: self._configs(mode, rows) for mode in modes}
 
     def close(self) -> None:
         """Gives the memory back, which torch would keep from JAX."""
@@ -116,23 +126,36 @@ class Humming:
         times = {}
         for mode, calls in modes.items():
 
-            def run(call: int, calls=calls):
-                return self.layers[call % len(self.layers)](**calls[call])
+            def run(call: int, calls=calls, configs=self.configs[mode]):
+                return self.layers[call % len(self.layers)](**calls[call], **configs)
 
             self._check(mode, run(0), x, batch.topk_ids[0])
             replays = rounds_for(len(calls), expected_us)
             times[mode] = _graph_microseconds(torch, run, len(calls), replays, runs)
         return times
 
+    def _configs(self, mode: str, rows: Sequence[int]) -> dict[str, Any]:
+        """What each call of this mode is told: its kind, and a kernel for each number of rows.
+
+        A kernel is for more rows than the one before it has, up to its own number.
+        """
+        routed = sorted({count * self.shape.top_k for count in rows})
+        kernels = [
+            [low, high, self._tuned(mode, high)] for low, high in itertools.pairwise([0, *routed])
+        ]
+        return {"compute_config": {"gemm_type": _GEMM_TYPES[mode]}, "tuning_config": kernels}
+
+    def _tuned(self, mode: str, rows: int) -> dict[str, Any]:
+        """What Humming would choose for so many routed rows."""
+        tune = importlib.import_module("humming.tune")
+        return tune.get_heuristics_config(
+            layer_config=self.layers[0].humming_config, shape_m=rows, gemm_type=_GEMM_TYPES[mode]
+        )
+
     def _indexed(self, x, batch: Batch) -> list[dict[str, Any]]:
         """Rows are gathered and scattered by the kernel, as `moe_matmul` does."""
-        tune = importlib.import_module("humming.tune")
-        configs = tune.get_heuristics_config(
-            layer_config=self.layers[0].humming_config, gemm_type="indexed"
-        )
         rows, top_k = batch.topk_ids[0].size, self.shape.top_k
-        fitting = (config for low, high, config in configs if low < rows <= high)
-        block = next(fitting, configs[-1][2])["block_shape"][0]
+        block = self._tuned("indexed", rows)["block_shape"][0]
         calls = []
         for ids in batch.topk_ids:
             slots, experts = aligned(ids, block)
@@ -143,7 +166,6 @@ class Humming:
                 "expert_ids": _device(experts),
                 "num_tokens_padded": _device(np.array([slots.size], np.int32)),
                 "top_k": 1 if self.shape.routed_input else top_k,
-                "compute_config": {"gemm_type": "indexed"},
             })  # fmt: skip
         return calls
 
@@ -156,7 +178,6 @@ class Humming:
                 "inputs": self._routed(x, ids, np.argsort(ids.ravel(), kind="stable")),
                 "outputs": self._outputs(ids.size),
                 "expert_layout": _device(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)),
-                "compute_config": {"gemm_type": "grouped_contiguous"},
             })  # fmt: skip
         return calls
 

@@ -82,7 +82,7 @@ def measure(
     baseline = peer = peer_error = None
     if options.humming and shape.kind != "layer":
         peer, peer_error = humming.attempt(
-            humming.Humming, shape, options.quantization, problem.copies
+            humming.Humming, shape, options.quantization, problem.copies, rows
         )
     if options.baseline:
         baseline = Baseline(shape, options.quantization.dtype, min(rows), calls, routings)
