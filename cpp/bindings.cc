@@ -8,6 +8,8 @@
 #include <string>
 
 #include "ffi/handlers.h"
+#include "launch/instances.h"
+#include "launch/residence.h"
 #include "launch/select_layer.h"
 #include "launch/select_tile.h"
 #include "launch/tile_table.h"
@@ -77,6 +79,29 @@ nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, i
                   {sm_count, has_wgmma}));
 }
 
+// How a routed product keeps x where select_tile takes `tile`, symmetric codes and no bias.
+nb::dict choose_residence(int tile, int64_t rows, int moe_block_size, int k, int n, int group_size,
+                          int bits, int sm_count, bool has_wgmma, bool gated, bool routed) {
+  const GemmProblem problem = {rows, moe_block_size, k, n, bits, gated};
+  GemmParams params = {};
+  int slots = 0;
+  if (routed) (moe_block_size == 1 ? params.topk_ids : params.sorted_token_ids) = &slots;
+  params.k = k;
+  params.n = gated ? n / 2 : n;
+  params.k_tiles = (k + kTile - 1) / kTile;
+  params.num_groups = (k + group_size - 1) / group_size;
+  params.group_size = group_size;
+  params.moe_block_size = moe_block_size;
+  if (gated) params.activation = Activation::kSilu;
+  const Residence residence =
+      select_residence(params, tile_choice(problem, tile, sm_count), kTileTable[tile], bits,
+                       gemm_kernel_bf16_w4(tile, false).stages_at, {sm_count, has_wgmma});
+  nb::dict result;
+  result["rows"] = residence.rows;
+  result["bytes"] = residence.bytes;
+  return result;
+}
+
 nb::dict choose_layer(int64_t tokens, int top_k, int num_experts, int hidden, int intermediate,
                       int columns, int bits, int sm_count, bool has_wgmma, bool down_gathers,
                       int64_t slots, int moe_block_size, bool room_for_slots) {
@@ -119,6 +144,10 @@ NB_MODULE(_jax_marlin, m) {
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
         nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0,
         nb::arg("x_by_slot") = false);
+  m.def("select_residence", &choose_residence, nb::arg("tile"), nb::arg("rows"),
+        nb::arg("moe_block_size"), nb::arg("k"), nb::arg("n"), nb::arg("group_size") = 128,
+        nb::arg("bits") = 4, nb::arg("sm_count") = 132, nb::arg("has_wgmma") = true,
+        nb::arg("gated") = false, nb::arg("routed") = true);
   m.def("select_layer", &choose_layer, nb::arg("tokens"), nb::arg("top_k"), nb::arg("num_experts"),
         nb::arg("hidden"), nb::arg("intermediate"), nb::arg("columns"), nb::arg("bits"),
         nb::arg("sm_count"), nb::arg("has_wgmma") = false, nb::arg("down_gathers") = false,

@@ -61,7 +61,7 @@ def test_blocks_share_neighbouring_rows_alone():
 
 
 def test_tall_tiles_split_k_too():
-    choice = _jax_marlin.select_tile(129, 0, 4608, 6720, 4, 132, True)  # as test_cuda_runtime.py
+    choice = _jax_marlin.select_tile(129, 0, 11264, 6400, 4, 132, True)  # as test_cuda_runtime.py
     assert choice["in_boxes"] and choice["split_k"] == 2 and choice["share_x"] == 1
 
 

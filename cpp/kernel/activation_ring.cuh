@@ -37,6 +37,8 @@ class ActivationRing {
         column_tile * p.num_groups * kTile + fragment % 4 * kFragment + vector % 2 * kVector;
   }
 
+  static __device__ __forceinline__ void init(SharedStorage<Config>&) {}
+
   // Fills the ring; but for the stage that `advance` requests first, where the ring turns.
   __device__ __forceinline__ void start() { start(true, true); }
   // The same in two steps: scales are inputs, x may still be being written.
@@ -57,20 +59,25 @@ class ActivationRing {
   }
 
   // B fragments of 32 of K (two k16 steps) for 8 tokens: b[2 * step], b[2 * step + 1].
-  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int warp_k, int m, int j,
+  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int warp_k, int m, int slot,
                                                 int half) const {
+    const int j = slot % Config::kChunk;
     const int lane = threadIdx.x % 32;
     // One row of x stands for 8 equal tokens.
     const int row = Config::kSumsRoutes ? 0 : 8 * m + lane % 8;
     ptx::ldmatrix_x4(
-        b, &storage_.stages.x[read_stage_][warp_k][row][j * kTile + half * kHalf + lane / 8 * 8]);
+        b,
+        ptx::shared_address(
+            &storage_.stages.x[read_stage_][warp_k][row][j * kTile + half * kHalf + lane / 8 * 8]));
   }
 
-  // Scales of rows n = first + g and first + g + 8, where `first` is a multiple of 16.
-  __device__ __forceinline__ GroupScale<Config> load_scale(int warp_k, int first, int j,
+  // Scales of rows n = g and g + 8 of a warp's fragment f.
+  __device__ __forceinline__ GroupScale<Config> load_scale(int warp_k, int f, int slot,
                                                            int half) const {
+    const int j = slot % Config::kChunk;
+    const int warp_n = threadIdx.x / 32 % Config::kWarpsN;
     // Column 16w + 8b + g of a tile is stored at 16w + 2g + b: the two rows are neighbours.
-    const int at = first + 2 * (threadIdx.x % 32 / 4);
+    const int at = kFragment * (warp_n * Config::kFragsN + f) + 2 * (threadIdx.x % 32 / 4);
     const auto& stages = storage_.stages;
     const Pair scales =
         *reinterpret_cast<const Pair*>(&stages.scales[read_stage_][warp_k][2 * j + half][at]);
@@ -81,6 +88,8 @@ class ActivationRing {
       return {scales, Config::twice(Config::from_float(Config::kSymmetricZeroPoint))};
     }
   }
+
+  __device__ __forceinline__ void end_scale(int) {}
 
  private:
   __device__ __forceinline__ bool is_whole() const {

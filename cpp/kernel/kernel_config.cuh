@@ -22,6 +22,7 @@ struct KernelConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kStages = tile.stages;
   static constexpr int kMinBlocks = tile.blocks_per_sm(bits);
   static constexpr bool kSumsRoutes = tile.sums_routes;
+  static constexpr bool kCanReside = tile.can_reside();
   static constexpr int kXRows = kSumsRoutes ? 1 : kTileM;  // of x in shared memory
   // Few tokens: the sum over a packed tile is scaled (4 products for 8 tokens), many: its weights
   // (16 products of two).

@@ -5,37 +5,38 @@
 
 #include "activation_ring.cuh"
 #include "multiply.cuh"
+#include "resident_activations.cuh"
 #include "route_terms.cuh"
 #include "weight_ring.cuh"
 
 namespace jax_marlin {
 
-// Operands of one warp; `slot` is where the weight ring holds a tile.
-template <class Config>
-struct RingOperands {
-  const ActivationRing<Config>& x;
+// Operands of one warp; `slot` is where the weight ring holds a tile. X: activations and scales.
+template <class Config, class X>
+struct WarpOperands {
+  X& x;
   const WeightRing<Config>& weights;
-  int warp_n, warp_k;
+  int warp_k;
 
   __device__ __forceinline__ void load_words(int f, int slot,
                                              uint4 (&words)[Config::kVectors]) const {
     weights.load(f, slot, words);
   }
   __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int m, int slot, int half) const {
-    x.load_fragment(b, warp_k, m, slot % Config::kChunk, half);
+    x.load_fragment(b, warp_k, m, slot, half);
   }
   __device__ __forceinline__ GroupScale<Config> load_scale(int f, int slot, int half) const {
-    const int first = 16 * (warp_n * Config::kFragsN + f);
-    return x.load_scale(warp_k, first, slot % Config::kChunk, half);
+    return x.load_scale(warp_k, f, slot, half);
   }
+  __device__ __forceinline__ void end_scale(int halves) const { x.end_scale(halves); }
 };
 
 // All K tiles of one warp. by_tile: both halves of a tile have the same scale.
 template <class Config, bool by_tile>
 __device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
-                                               WeightRing<Config>& weights, int tiles_per_warp,
-                                               int warp_n, int warp_k, Accumulator<Config>& acc) {
-  const RingOperands<Config> operands = {x, weights, warp_n, warp_k};
+                                               WeightRing<Config>& weights, int tiles_per_warp, int,
+                                               int warp_k, Accumulator<Config>& acc) {
+  const WarpOperands<Config, ActivationRing<Config>> operands = {x, weights, warp_k};
   for (int k_tile = 0; k_tile < tiles_per_warp; k_tile += Config::kDepth) {
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) {
@@ -50,11 +51,35 @@ __device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
   }
 }
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
-    marlin_gemm(const __grid_constant__ GemmParams p) {
+// The same without stages: warps meet at nothing, and each ends where its own share does.
+template <class Config, bool by_tile>
+__device__ __forceinline__ void multiply_tiles(ResidentActivations<Config>& x,
+                                               WeightRing<Config>& weights, int, int own_tiles,
+                                               int warp_k, Accumulator<Config>& acc) {
+  const WarpOperands<Config, ResidentActivations<Config>> operands = {x, weights, warp_k};
+  x.wait();
+  // Whole turns without a branch, so that what the tiles of one wait for overlaps.
+  for (; own_tiles >= Config::kDepth; own_tiles -= Config::kDepth) {
+#pragma unroll
+    for (int slot = 0; slot < Config::kDepth; ++slot) {
+      multiply_tile<Config, by_tile>(operands, slot, acc);
+      weights.request(slot);
+    }
+    x.advance();
+    weights.advance();
+  }
+#pragma unroll
+  for (int slot = 0; slot < Config::kDepth - 1; ++slot) {
+    if (slot >= own_tiles) break;
+    multiply_tile<Config, by_tile>(operands, slot, acc);
+  }
+}
+
+template <class Config, template <class> class X>
+__device__ __forceinline__ void run_gemm(const GemmParams& p) {
   extern __shared__ __align__(16) unsigned char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Config>*>(shared);
+  X<Config>::init(storage);
   if (p.next_fits_beside) ptx::launch_dependents();
   // What the kernel before this one writes is routing tables, awaited here, or x, awaited below, or
   // zeros, awaited before the sums leave.
@@ -73,7 +98,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const WarpShare share = share_of<Config>(p, tile, tiles_per_warp, warp_k, storage);
 
   WeightRing<Config> weights(p, tile, share, warp_n);
-  ActivationRing<Config> x(p, tile, tiles_per_warp, storage);
+  X<Config> x(p, tile, tiles_per_warp, storage);
   RouteTerms<Config> terms;
   if constexpr (Config::kSumsRoutes) {
     // All but x is an input of the layer, and on its way while the kernel before this one runs.
@@ -89,11 +114,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     weights.start();
   }
 
+  const int own_tiles = share.end - share.begin;
   Accumulator<Config> acc = {};
   if (Config::kScaleSums && p.group_size % kTile == 0) {
-    multiply_tiles<Config, true>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
+    multiply_tiles<Config, true>(x, weights, tiles_per_warp, own_tiles, warp_k, acc);
   } else {
-    multiply_tiles<Config, false>(x, weights, tiles_per_warp, warp_n, warp_k, acc);
+    multiply_tiles<Config, false>(x, weights, tiles_per_warp, own_tiles, warp_k, acc);
   }
   // Not earlier, unless the next kernel fits beside all of this one: its blocks would take what
   // room there is, here more and there less.
@@ -101,6 +127,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   if (p.zeros_are_pending) ptx::wait_dependencies();
   terms.weigh(p, acc);
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    marlin_gemm(const __grid_constant__ GemmParams p) {
+  run_gemm<Config, ActivationRing>(p);
+}
+
+// Bulk copies exist from sm_90 on; for other architectures the body is empty and never launched.
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    marlin_gemm_resident(const __grid_constant__ GemmParams p) {
+#if __CUDA_ARCH__ >= 900
+  run_gemm<Config, ResidentActivations>(p);
+#endif
 }
 
 }  // namespace jax_marlin

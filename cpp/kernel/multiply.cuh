@@ -36,6 +36,7 @@ __device__ __forceinline__ void step_words(const uint4 (&tile)[Config::kVectors]
 //   load_words(f, tile, words)          the thread's words of column fragment f
 //   load_scale(f, tile, half)           of half the tile's K
 //   load_fragment(b, m, tile, half)     8 tokens
+//   end_scale(halves)                   so many halves are done
 // by_tile: both halves have the same scale.
 template <class Config, bool by_tile, class Operands>
 __device__ __forceinline__ void multiply_tile(const Operands& operands, int tile,
@@ -75,7 +76,9 @@ __device__ __forceinline__ void multiply_tile(const Operands& operands, int tile
         }
       }
     }
+    if (!by_tile) operands.end_scale(1);
   }
+  if (by_tile) operands.end_scale(2);
 }
 
 }  // namespace jax_marlin

@@ -50,6 +50,7 @@ struct GemmParams {
   int sub_blocks;              // row blocks of one routing block
   int n_blocks;                // blocks along the columns
   int split_k;                 // blocks that share one output tile
+  int resident_rows;           // of x that a block holds over all its K; 0: it keeps a ring
   int share_x;                 // wgmma: blocks of a cluster that copy x for each other
   Activation activation;       // of columns j (gate) and n + j (up), rows weighted before it
   bool out_is_float32;

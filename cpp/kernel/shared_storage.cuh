@@ -24,14 +24,15 @@ struct SharedStorage {
     alignas(16) Element zero_points[kStored ? Config::kStages : 1][kStored ? Config::kWarpsK : 1]
                                    [kStored ? kHalves : 1][kStored ? Config::kColumns : 8];
   };
-  union {
-    Stages stages;
-    TileSums<Config> sums;
-  };
   int source_row[Config::kTileM];  // row of x; -1 for padding
   int out_row[Config::kTileM];     // row of out; -1 for padding
   bool is_last;                    // this block arrived last at its output tile
   int route_expert[Config::kSumsRoutes ? Config::kWarpsK : 1];  // of each warp of K; -1 for none
+  uint64_t arrived;  // barrier of resident operands, which begin in place of stages
+  union {
+    Stages stages;
+    TileSums<Config> sums;
+  };
 };
 
 }  // namespace jax_marlin

@@ -7,6 +7,8 @@ constexpr int kTile = 64;       // the packed layout's tile: 64 columns (N) by 6
 constexpr int kFragment = 16;   // columns of one tensor-core operand: a quarter of a packed tile
 constexpr int kWarps = 8;       // of a thread block
 constexpr int kHalf = 32;       // scales may change every 32 of K
+constexpr int kResidentTiles =
+    2;  // column tiles whose scales a block holds: resident_activations.cuh
 
 // tile_m rows by 16 * fragments columns. A warp owns frags_n fragments; what warps remain split K.
 struct TileConfig {
@@ -27,6 +29,9 @@ struct TileConfig {
   constexpr int blocks_per_sm(int bits) const {
     return bits == 4 || sums_routes ? min_blocks : (min_blocks + 1) / 2;
   }
+  // Whether all of K may stay in shared memory (resident_activations.cuh). With more rows it rarely
+  // fits, and wgmma is ahead where bulk copies exist.
+  constexpr bool can_reside() const { return tile_m <= 16 && !sums_routes; }
   constexpr int warps_n() const { return fragments / frags_n; }
   constexpr int warps_k() const { return kWarps / warps_n(); }
   constexpr int columns() const { return kFragment * fragments; }

@@ -10,8 +10,9 @@ namespace jax_marlin {
 // Of the device that is current on this thread.
 cudaError_t current_device(DeviceLimits* device);
 
-// Allows `kernel` its shared memory on the current device. *overlaps: whether its code waits for
-// the kernel before it, so that it may start before that one ends.
+// Allows `kernel` as much shared memory on the current device, whatever its later launches take.
+// *overlaps: whether its code is that of sm_90 or later, and so waits for the kernel before it: it
+// may start before that one ends.
 cudaError_t set_up_kernel(const void* kernel, int shared_bytes, bool* overlaps);
 
 }  // namespace jax_marlin

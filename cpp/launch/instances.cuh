@@ -2,6 +2,7 @@
 // so that the formats compile in parallel.
 #pragma once
 
+#include <cstddef>
 #include <utility>
 
 #include "../kernel/marlin_gemm.cuh"
@@ -15,7 +16,13 @@ constexpr int kSharedLimit = 99 * 1024;  // of one block on sm_86, sm_89 and sm_
 template <class Config>
 GemmKernel gemm_kernel() {
   static_assert(sizeof(SharedStorage<Config>) <= kSharedLimit, "fits every GPU from sm_80 on");
-  return {marlin_gemm<Config>, Config::kThreads, static_cast<int>(sizeof(SharedStorage<Config>))};
+  GemmKernel kernel = {marlin_gemm<Config>, Config::kThreads,
+                       static_cast<int>(sizeof(SharedStorage<Config>))};
+  if constexpr (Config::kCanReside) {
+    kernel.resident = marlin_gemm_resident<Config>;
+    kernel.stages_at = static_cast<int>(offsetof(SharedStorage<Config>, stages));
+  }
+  return kernel;
 }
 
 // The instance for run-time `tile`: one comparison each.

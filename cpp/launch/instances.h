@@ -8,6 +8,8 @@ namespace jax_marlin {
 struct GemmKernel {
   void (*function)(GemmParams);
   int threads, shared_bytes;
+  void (*resident)(GemmParams);  // where shared memory holds all of x, which it does from
+  int stages_at;                 // this place on
 };
 
 GemmKernel gemm_kernel_fp16_w4(int tile, bool stored_zero_points);

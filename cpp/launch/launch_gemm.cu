@@ -10,6 +10,7 @@
 #include "device_setup.h"
 #include "instances.h"
 #include "launch_gemm.h"
+#include "residence.h"
 #include "tile_table.h"
 #include "wgmma/launch.h"
 
@@ -80,11 +81,10 @@ cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream) {
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream) {
   const TileChoice& choice = gemm.choice;
   if (choice.row_blocks == 0 || choice.n_blocks == 0) return cudaSuccess;
-  if (choice.wgmma) {
-    DeviceLimits device = {};
-    const cudaError_t found = current_device(&device);
-    return found == cudaSuccess ? launch_wgmma_gemm(gemm, device.sm_count, stream) : found;
-  }
+  DeviceLimits device = {};
+  const cudaError_t found = current_device(&device);
+  if (found != cudaSuccess) return found;
+  if (choice.wgmma) return launch_wgmma_gemm(gemm, device.sm_count, stream);
   GemmParams params = gemm.params;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
@@ -94,6 +94,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
         reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
   }
   const GemmKernel kernel = find_kernel(gemm);
+  const TileConfig& tile = choice.tile == kRoutesTileIndex ? kRoutesTile : kTileTable[choice.tile];
   if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
   // last. Dense: row blocks first, which share weights.
@@ -102,7 +103,24 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   dim3 grid(static_cast<unsigned>(choice.row_blocks), choice.n_blocks, choice.split_k);
   if (params.columns_first) std::swap(grid.x, grid.y);
   if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
-  return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params);
+  const Residence residence =
+      select_residence(params, choice, tile, gemm.bits, kernel.stages_at, device);
+  const int resident_bytes = std::max(kernel.shared_bytes, kernel.stages_at + residence.bytes);
+  // A kernel that starts beside this one counts on no more than the ring takes.
+  bool stays =
+      residence.rows > 0 && (!params.next_fits_beside || resident_bytes == kernel.shared_bytes);
+  if (stays) {
+    // Compiled by the driver from the PTX of an older architecture, the kernel does nothing.
+    cudaError_t ready =
+        set_up_kernel(reinterpret_cast<const void*>(kernel.resident), kSharedOfBlock, &stays);
+    if (ready != cudaSuccess) return ready;
+  }
+  if (!stays) {
+    return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream,
+                  params);
+  }
+  params.resident_rows = residence.rows;
+  return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params);
 }
 
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {

@@ -56,6 +56,8 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   const cudaError_t ready =
       set_up_kernel(reinterpret_cast<const void*>(kernel.function), kernel.shared_bytes, &overlaps);
   if (ready != cudaSuccess) return ready;
+  // Compiled by the driver from the PTX of an older architecture, the kernel does nothing.
+  if (!overlaps) return cudaErrorNoKernelImageForDevice;
 
   // Blocks of a cluster are parts of K, or share rows of x; then they take a tile each.
   const int blocks = choice.split_k * choice.share_x;

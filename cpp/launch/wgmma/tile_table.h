@@ -16,17 +16,18 @@ struct WgmmaTileRow {
 
 // tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups}
 constexpr WgmmaTileRow kWgmmaTable[] = {
-    // Few rows: weights stream at the speed of memory, two or three blocks an SM hide the rest.
+    // Few rows: a batch takes some 350 clocks however much it multiplies, so the more k16 steps in
+    // one the better; two or three blocks an SM, where their stages fit, hide the rest.
     {{32, 1, 1, 2, 4, 3, 1}, 285, 600, 3000},
     {{32, 2, 1, 2, 4, 2, 1}, 390, 750, 3000},
-    {{64, 2, 1, 1, 2, 2, 1}, 650, 1030, 3500},
+    {{64, 2, 1, 2, 4, 1, 1}, 480, 480, 3500},
     // Twice the columns read x half as often; two column tiles a warpgroup serve gated products.
     {{32, 2, 2, 1, 1, 2, 1}, 800, 1600, 3500},
     {{64, 4, 1, 1, 2, 1, 1}, 830, 830, 3500},
-    {{64, 2, 2, 1, 1, 1, 1}, 870, 870, 3500},
+    {{64, 2, 2, 1, 2, 1, 1}, 830, 830, 3500},
     // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
     // narrow ones leave fewer multiprocessors idle in the last wave.
-    {{128, 2, 1, 1, 2, 1, 2}, 820, 820, 3500},
+    {{128, 2, 1, 2, 4, 1, 1}, 680, 680, 3500},
     {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 4000},
     {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 4500},
     // Rows that are neighbours: products of twice the width, for which each weight is dequantized
