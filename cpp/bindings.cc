@@ -79,7 +79,7 @@ nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, i
                   {sm_count, has_wgmma}));
 }
 
-// How a routed product keeps x where select_tile takes `tile`, symmetric codes and no bias.
+// How a product at row `tile` of the table keeps x, with symmetric codes.
 nb::dict choose_residence(int tile, int64_t rows, int moe_block_size, int k, int n, int group_size,
                           int bits, int sm_count, bool has_wgmma, bool gated, bool routed) {
   const GemmProblem problem = {rows, moe_block_size, k, n, bits, gated};

@@ -15,7 +15,6 @@ import jax_marlin as jm
 from jax_marlin.ops.moe_align_block_size import aligned_sizes, select_moe_block_size
 from jax_marlin.ops.moe_matmul import Routing, routed_matmul
 
-IMPLEMENTATION = "cuda"
 H100 = {"sm_count": 132, "has_wgmma": True}
 # Row of the tile table to (m, top_k, num_experts, n, moe_block_size).
 PRODUCTS = {
@@ -128,7 +127,7 @@ def test_products(tile, weights):
     out = routed_matmul(
         jnp.asarray(case.x), problems.poison(case.stack(), case.topk_ids),
         Routing(*map(jnp.asarray, routing)), moe_block_size=block, top_k=top_k,
-        implementation=IMPLEMENTATION,
+        implementation="cuda",
     )  # fmt: skip
     result = oracle.routed_rows(case.x, case.weights, case.topk_ids, case.bias)
     oracle.assert_within(out, result, row_budgets(problem, case), problem.name)
@@ -142,7 +141,7 @@ def test_layers(name, weights):
         f"resident_{name}", m=m, top_k=top_k, num_experts=num_experts, intermediate=intermediate,
         bias=True, **weights,
     )  # fmt: skip
-    out = jm.moe_ffn(layer.x, *layer.routes, *layer.stacks(), implementation=IMPLEMENTATION)
+    out = jm.moe_ffn(layer.x, *layer.routes, *layer.stacks(), implementation="cuda")
     oracle.assert_within(out, *expected(layer))
 
 
@@ -166,7 +165,7 @@ def test_staggered_products(shape):
         "staggered", m=m, k=k, n=n, group_size=128, num_experts=1, top_k=1, dtype="bfloat16"
     )
     case = problems.build(problem)
-    out = jm.matmul(jnp.asarray(case.x), case.stack()[0], implementation=IMPLEMENTATION)
+    out = jm.matmul(jnp.asarray(case.x), case.stack()[0], implementation="cuda")
     x = case.x.astype(float)
     budget = oracle.matmul_budget(x, case.weights[0], "bfloat16")
     oracle.assert_within(out, oracle.matmul(x, case.weights[0]), budget)

@@ -45,6 +45,9 @@ class ActivationRing {
   __device__ __forceinline__ void start_scales() { start(false, true); }
   __device__ __forceinline__ void start_x() { start(true, false); }
 
+  // Packed K tiles that a warp multiplies: as many as any, since warps meet at each stage.
+  __device__ __forceinline__ int tiles_of(const WarpShare&) const { return tiles_per_warp_; }
+
   // The next stage becomes readable; the stage read before it is refilled.
   __device__ __forceinline__ void advance() {
     if (!is_whole()) {
@@ -59,9 +62,8 @@ class ActivationRing {
   }
 
   // B fragments of 32 of K (two k16 steps) for 8 tokens: b[2 * step], b[2 * step + 1].
-  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int warp_k, int m, int slot,
-                                                int half) const {
-    const int j = slot % Config::kChunk;
+  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int m, int slot, int half) const {
+    const int warp_k = threadIdx.x / 32 / Config::kWarpsN, j = slot % Config::kChunk;
     const int lane = threadIdx.x % 32;
     // One row of x stands for 8 equal tokens.
     const int row = Config::kSumsRoutes ? 0 : 8 * m + lane % 8;
@@ -72,10 +74,10 @@ class ActivationRing {
   }
 
   // Scales of rows n = g and g + 8 of a warp's fragment f.
-  __device__ __forceinline__ GroupScale<Config> load_scale(int warp_k, int f, int slot,
-                                                           int half) const {
+  __device__ __forceinline__ GroupScale<Config> load_scale(int f, int slot, int half) const {
     const int j = slot % Config::kChunk;
     const int warp_n = threadIdx.x / 32 % Config::kWarpsN;
+    const int warp_k = threadIdx.x / 32 / Config::kWarpsN;
     // Column 16w + 8b + g of a tile is stored at 16w + 2g + b: the two rows are neighbours.
     const int at = kFragment * (warp_n * Config::kFragsN + f) + 2 * (threadIdx.x % 32 / 4);
     const auto& stages = storage_.stages;

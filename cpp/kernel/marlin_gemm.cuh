@@ -16,17 +16,16 @@ template <class Config, class X>
 struct WarpOperands {
   X& x;
   const WeightRing<Config>& weights;
-  int warp_k;
 
   __device__ __forceinline__ void load_words(int f, int slot,
                                              uint4 (&words)[Config::kVectors]) const {
     weights.load(f, slot, words);
   }
   __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int m, int slot, int half) const {
-    x.load_fragment(b, warp_k, m, slot, half);
+    x.load_fragment(b, m, slot, half);
   }
   __device__ __forceinline__ GroupScale<Config> load_scale(int f, int slot, int half) const {
-    return x.load_scale(warp_k, f, slot, half);
+    return x.load_scale(f, slot, half);
   }
   __device__ __forceinline__ void end_scale(int halves) const { x.end_scale(halves); }
 };
@@ -34,14 +33,14 @@ struct WarpOperands {
 // All K tiles of one warp. by_tile: both halves of a tile have the same scale.
 template <class Config, bool by_tile>
 __device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
-                                               WeightRing<Config>& weights, int tiles_per_warp, int,
-                                               int warp_k, Accumulator<Config>& acc) {
-  const WarpOperands<Config, ActivationRing<Config>> operands = {x, weights, warp_k};
-  for (int k_tile = 0; k_tile < tiles_per_warp; k_tile += Config::kDepth) {
+                                               WeightRing<Config>& weights, int tiles,
+                                               Accumulator<Config>& acc) {
+  const WarpOperands<Config, ActivationRing<Config>> operands = {x, weights};
+  for (int k_tile = 0; k_tile < tiles; k_tile += Config::kDepth) {
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) {
       if (slot % Config::kChunk == 0) {
-        if (k_tile + slot >= tiles_per_warp) break;
+        if (k_tile + slot >= tiles) break;
         x.advance();
       }
       multiply_tile<Config, by_tile>(operands, slot, acc);
@@ -54,12 +53,12 @@ __device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
 // The same without stages: warps meet at nothing, and each ends where its own share does.
 template <class Config, bool by_tile>
 __device__ __forceinline__ void multiply_tiles(ResidentActivations<Config>& x,
-                                               WeightRing<Config>& weights, int, int own_tiles,
-                                               int warp_k, Accumulator<Config>& acc) {
-  const WarpOperands<Config, ResidentActivations<Config>> operands = {x, weights, warp_k};
+                                               WeightRing<Config>& weights, int tiles,
+                                               Accumulator<Config>& acc) {
+  const WarpOperands<Config, ResidentActivations<Config>> operands = {x, weights};
   x.wait();
   // Whole turns without a branch, so that what the tiles of one wait for overlaps.
-  for (; own_tiles >= Config::kDepth; own_tiles -= Config::kDepth) {
+  for (; tiles >= Config::kDepth; tiles -= Config::kDepth) {
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) {
       multiply_tile<Config, by_tile>(operands, slot, acc);
@@ -70,7 +69,7 @@ __device__ __forceinline__ void multiply_tiles(ResidentActivations<Config>& x,
   }
 #pragma unroll
   for (int slot = 0; slot < Config::kDepth - 1; ++slot) {
-    if (slot >= own_tiles) break;
+    if (slot >= tiles) break;
     multiply_tile<Config, by_tile>(operands, slot, acc);
   }
 }
@@ -114,12 +113,12 @@ __device__ __forceinline__ void run_gemm(const GemmParams& p) {
     weights.start();
   }
 
-  const int own_tiles = share.end - share.begin;
+  const int tiles = x.tiles_of(share);
   Accumulator<Config> acc = {};
   if (Config::kScaleSums && p.group_size % kTile == 0) {
-    multiply_tiles<Config, true>(x, weights, tiles_per_warp, own_tiles, warp_k, acc);
+    multiply_tiles<Config, true>(x, weights, tiles, acc);
   } else {
-    multiply_tiles<Config, false>(x, weights, tiles_per_warp, own_tiles, warp_k, acc);
+    multiply_tiles<Config, false>(x, weights, tiles, acc);
   }
   // Not earlier, unless the next kernel fits beside all of this one: its blocks would take what
   // room there is, here more and there less.

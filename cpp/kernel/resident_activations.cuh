@@ -15,10 +15,9 @@ template <class Config>
 class ResidentActivations {
   using Element = typename Config::Element;
   using Pair = typename Config::Pair;
-  // Column tiles whose scales a block reads: two of neighbours, or one of gate and one of up.
   static constexpr int kSets = Config::kStoredZeroPoints ? 2 : 1;  // scales, then zero points
   static constexpr int kPairs = Config::kFragments / 2;
-  static_assert(Config::kFragments <= 2 * kResidentTiles * 2, "a column tile has four fragments");
+  static_assert(Config::kFragments <= 4 * kResidentTiles, "a column tile has four fragments");
 
  public:
   // Before any thread uses the barrier, with a __syncthreads between.
@@ -72,8 +71,10 @@ class ResidentActivations {
   __device__ __forceinline__ void start_scales() {
     const int lane = threadIdx.x % 32;
     if (threadIdx.x >= 32) return;
+    // Two neighbours, one of gate and one of up, or one alone.
     const bool two = Config::kFragments > 4 || p_.activation != Activation::kNone;
-    const int tiles = two ? 2 : 1, bytes = groups_ * kTile * static_cast<int>(sizeof(Element));
+    const int tiles = two ? kResidentTiles : 1,
+              bytes = groups_ * kTile * static_cast<int>(sizeof(Element));
     if (lane == 0) ptx::mbarrier_arrive_expect(&storage_.arrived, kSets * tiles * bytes);
     __syncwarp();
     if (lane >= kSets * tiles || bytes == 0) return;
@@ -104,15 +105,19 @@ class ResidentActivations {
                    bytes, &storage_.arrived);
   }
 
+  // Packed K tiles that a warp multiplies.
+  __device__ __forceinline__ int tiles_of(const WarpShare& share) const {
+    return share.end - share.begin;
+  }
+
   __device__ __forceinline__ void wait() { ptx::mbarrier_wait(&storage_.arrived, 0); }
 
   // The B fragments of ActivationRing, `slot` tiles behind this turn's first.
-  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int, int m, int slot,
-                                                int half) const {
+  __device__ __forceinline__ void load_fragment(uint32_t (&b)[4], int m, int slot, int half) const {
     ptx::ldmatrix_x4(b, x_at_[m] + (slot * kTile + half * kHalf) * 2);
   }
 
-  __device__ __forceinline__ GroupScale<Config> load_scale(int, int f, int, int) const {
+  __device__ __forceinline__ GroupScale<Config> load_scale(int f, int, int) const {
     const Pair scales = *reinterpret_cast<const Pair*>(scale_at_[f]);
     if constexpr (Config::kStoredZeroPoints) {
       return {scales,
@@ -165,8 +170,7 @@ class ResidentActivations {
   const WorkTile& tile_;
   SharedStorage<Config>& storage_;
   const int tiles_;  // packed K tiles of this block
-  const int
-      pitch_;  // of a row, in elements: 16 bytes more than its K, so that ldmatrix reads all banks
+  const int pitch_;  // of a row, in elements; 8 more than its K: ldmatrix then reads all banks
   Element* const x_;  // [resident_rows, pitch]
   Element* const scales_;  // [scales, zero points][column tile][group][64]
   uint32_t x_at_[Config::kFragsM];

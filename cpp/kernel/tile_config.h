@@ -7,6 +7,9 @@ constexpr int kTile = 64;       // the packed layout's tile: 64 columns (N) by 6
 constexpr int kFragment = 16;   // columns of one tensor-core operand: a quarter of a packed tile
 constexpr int kWarps = 8;       // of a thread block
 constexpr int kHalf = 32;       // scales may change every 32 of K
+constexpr int kSharedOfBlock = 227 * 1024;  // of sm_90, at most
+constexpr int kSharedReserve = 1024;  // of each block besides, taken by the system
+constexpr int kSharedOfSm = kSharedOfBlock + kSharedReserve;
 constexpr int kResidentTiles =
     2;  // column tiles whose scales a block holds: resident_activations.cuh
 

@@ -92,10 +92,8 @@ struct WgmmaStorage {
     uint64_t parts_ready[Config::kGroups], parts_read[Config::kGroups];  // split K, of the cluster
   };
 
-  static constexpr int kLimit = 227 * 1024;  // of one block on sm_90
-  static constexpr int kReserved = 1024;  // of each block, taken by the system
   static constexpr int kBudget =
-      (kLimit + kReserved) / Config::kMinBlocks - kReserved - static_cast<int>(sizeof(Rest)) - 128;
+      kSharedOfSm / Config::kMinBlocks - kSharedReserve - static_cast<int>(sizeof(Rest)) - 128;
   static constexpr int kStages = kBudget / (static_cast<int>(sizeof(Stage)) + 16) < 16
                                      ? kBudget / (static_cast<int>(sizeof(Stage)) + 16)
                                      : 16;

@@ -29,12 +29,13 @@ GemmKernel find_kernel(const GemmLaunch& gemm) {
   return find(gemm.choice.tile, stored);
 }
 
+// most_shared: of all launches of this kernel, where they differ.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
-                   cudaStream_t stream, const Params& params) {
+                   cudaStream_t stream, const Params& params, int most_shared = 0) {
   bool overlaps = false;
-  const cudaError_t ready =
-      set_up_kernel(reinterpret_cast<const void*>(kernel), shared_bytes, &overlaps);
+  const cudaError_t ready = set_up_kernel(reinterpret_cast<const void*>(kernel),
+                                          std::max(shared_bytes, most_shared), &overlaps);
   if (ready != cudaSuccess) return ready;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -107,20 +108,13 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
       select_residence(params, choice, tile, gemm.bits, kernel.stages_at, device);
   const int resident_bytes = std::max(kernel.shared_bytes, kernel.stages_at + residence.bytes);
   // A kernel that starts beside this one counts on no more than the ring takes.
-  bool stays =
-      residence.rows > 0 && (!params.next_fits_beside || resident_bytes == kernel.shared_bytes);
-  if (stays) {
-    // Compiled by the driver from the PTX of an older architecture, the kernel does nothing.
-    cudaError_t ready =
-        set_up_kernel(reinterpret_cast<const void*>(kernel.resident), kSharedOfBlock, &stays);
-    if (ready != cudaSuccess) return ready;
-  }
-  if (!stays) {
+  if (residence.rows == 0 || (params.next_fits_beside && resident_bytes > kernel.shared_bytes)) {
     return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream,
                   params);
   }
   params.resident_rows = residence.rows;
-  return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params);
+  return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params,
+                kSharedOfBlock);
 }
 
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {

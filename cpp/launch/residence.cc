@@ -7,10 +7,7 @@
 namespace jax_marlin {
 namespace {
 
-constexpr int kReserved = 1024;  // of each block, taken by the system
 constexpr int kElementBytes = 2;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bulk copies arrive later than a ring's first stage: dense products, a block or two on each
 // multiprocessor, wait for that; experts' products have others to run meanwhile. Copies ask for
@@ -42,7 +39,7 @@ Residence select_residence(const GemmParams& p, const TileChoice& choice, const 
       ceil_div(choice.row_blocks * choice.n_blocks * choice.split_k, device.sm_count);
   const int64_t together = std::clamp<int64_t>(blocks, 1, tile.blocks_per_sm(bits));
   const int64_t whole = fixed_bytes + bytes;
-  if (whole > kSharedOfBlock || together * (whole + kReserved) > kSharedOfSm) return {};
+  if (whole > kSharedOfBlock || together * (whole + kSharedReserve) > kSharedOfSm) return {};
   return {rows, static_cast<int>(bytes)};
 }
 

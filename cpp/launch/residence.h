@@ -12,9 +12,6 @@ struct Residence {
   int bytes;  // that they and their scales take
 };
 
-constexpr int kSharedOfSm = 228 * 1024;  // sm_90, each block's reserve of 1 KB included
-constexpr int kSharedOfBlock = 227 * 1024;
-
 // fixed_bytes: what a block's shared memory holds besides.
 Residence select_residence(const GemmParams& params, const TileChoice& choice,
                            const TileConfig& tile, int bits, int fixed_bytes,

@@ -10,8 +10,6 @@ namespace {
 // Columns of gate_up that repay a pass which brings x to the order of slots.
 constexpr int kColumnsForSlots = 4096;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t routes_of(const LayerProblem& layer) { return layer.tokens * layer.top_k; }
 
 // Few routes rarely meet at one expert, and tables cost a launch: then each route is a block.

@@ -15,8 +15,6 @@ namespace {
 constexpr int kMaxSmCount = 216;
 constexpr int kMaxSplitK = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Table rows [first, last] with the smallest tile_m that takes all rows, else with the largest.
 struct TileRange {
   int first, last;

@@ -5,6 +5,8 @@
 
 namespace jax_marlin {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct GemmProblem {
   int64_t rows;  // dense: M; routed: slots of sorted_token_ids, or routes when there are no tables
   int moe_block_size;  // 0 when dense, 1 when routed without tables

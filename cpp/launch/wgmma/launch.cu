@@ -22,16 +22,20 @@ GemmKernel find_kernel(const GemmLaunch& gemm) {
 }  // namespace
 
 // The instructions are sm_90a's alone: code for them runs on no other compute capability, and code
-// for others has no kernel body. Drivers older than CUDA 12 have no tensor maps.
+// for others, which a driver may be told to compile in its place, has no kernel body. Drivers older
+// than CUDA 12 have no tensor maps.
 bool has_wgmma() {
 #ifndef JAX_MARLIN_HAS_WGMMA
   return false;
 #endif
   int device = 0, major = 0, minor = 0;
+  cudaFuncAttributes code = {};
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
          cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0 && can_encode_boxes();
+         major == 9 && minor == 0 && can_encode_boxes() &&
+         cudaFuncGetAttributes(&code, wgmma_kernel_bf16_w4(0, false).function) == cudaSuccess &&
+         code.ptxVersion >= 90;
 }
 
 cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t stream) {
@@ -56,8 +60,6 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   const cudaError_t ready =
       set_up_kernel(reinterpret_cast<const void*>(kernel.function), kernel.shared_bytes, &overlaps);
   if (ready != cudaSuccess) return ready;
-  // Compiled by the driver from the PTX of an older architecture, the kernel does nothing.
-  if (!overlaps) return cudaErrorNoKernelImageForDevice;
 
   // Blocks of a cluster are parts of K, or share rows of x; then they take a tile each.
   const int blocks = choice.split_k * choice.share_x;

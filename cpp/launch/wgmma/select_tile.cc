@@ -12,8 +12,6 @@ namespace {
 constexpr int kMinRows = 17;  // of a tile; below, an mma.sync tile of 8 or 16 rows does less work
 constexpr int kMaxSplit = 8;  // blocks of a portable cluster
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t tile_rows(const GemmProblem& problem) {
   return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
 }
