@@ -66,6 +66,7 @@ nb::dict describe(const TileChoice& choice) {
   result["row_blocks"] = choice.row_blocks;
   result["n_blocks"] = choice.n_blocks;
   result["split_k"] = choice.split_k;
+  result["in_cluster"] = choice.in_cluster;
   result["share_x"] = choice.share_x;
   result["in_boxes"] = choice.in_boxes;
   result["scratch_bytes"] = scratch_bytes(choice);
@@ -93,9 +94,10 @@ nb::dict choose_residence(int tile, int64_t rows, int moe_block_size, int k, int
   params.group_size = group_size;
   params.moe_block_size = moe_block_size;
   if (gated) params.activation = Activation::kSilu;
+  const DeviceLimits device = {sm_count, has_wgmma};
   const Residence residence =
-      select_residence(params, tile_choice(problem, tile, sm_count), kTileTable[tile], bits,
-                       gemm_kernel_bf16_w4(tile, false).stages_at, {sm_count, has_wgmma});
+      select_residence(params, tile_choice(problem, tile, device), kTileTable[tile], bits,
+                       gemm_kernel_bf16_w4(tile, false).stages_at, device);
   nb::dict result;
   result["rows"] = residence.rows;
   result["bytes"] = residence.bytes;

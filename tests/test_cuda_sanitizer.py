@@ -12,6 +12,10 @@ import pytest
 pytestmark = pytest.mark.cuda
 
 FAMILIES = list(itertools.product(("float16", "bfloat16"), ("4", "8"), ("symmetric", "asymmetric")))
+# It speaks with its program through a port, of ten from the first that it may take: runs side by
+# side that share them wait for each other without end.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORT = 49152 + 10 * WORKER
 SCRIPT = Path(__file__).resolve().parent / "cuda" / "every_op.py"
 
 
@@ -30,7 +34,7 @@ def test_every_op(tool, family):
     }
     # All our kernels live in the namespace jax_marlin; XLA's own are not watched.
     watched = ["--kernel-name", "kns=jax_marlin"]
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *watched]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--port", str(PORT), *watched]
     done = subprocess.run(
         [*command, sys.executable, str(SCRIPT), tool, *family],
         env=environment, capture_output=True, text=True, check=False,

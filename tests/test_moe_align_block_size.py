@@ -201,12 +201,13 @@ def test_what_is_next_to_an_error_is_accepted():
 @pytest.mark.parametrize(
     ("tokens", "top_k", "num_experts", "expected"),
     [
-        (0, 8, 128, 8), (1, 8, 128, 8), (115, 8, 128, 8), (116, 8, 128, 16), (230, 8, 128, 16),
+        (0, 8, 128, 4), (1, 8, 128, 4), (20, 8, 128, 4), (21, 8, 128, 8), (4, 2, 8, 4),
+        (115, 8, 128, 8), (116, 8, 128, 16), (230, 8, 128, 16),
         (231, 8, 128, 32), (460, 8, 128, 32), (461, 8, 128, 64), (921, 8, 128, 64),
         (922, 8, 128, 128), (8191, 8, 128, 128), (8192, 8, 128, 256), (5, 2, 3, 8),
     ],
 )  # fmt: skip
-def test_blocks_are_ninety_percent_full_on_average(tokens, top_k, num_experts, expected):
+def test_blocks_take_what_an_average_expert_has(tokens, top_k, num_experts, expected):
     assert select_moe_block_size(tokens, top_k, num_experts) == expected
 
 

@@ -48,9 +48,9 @@ def test_few_rows_take_narrow_blocks_before_they_split_k():
     assert choice["split_k"] == 1 and choice["n_blocks"] == 128
 
 
-def columns_of(rows, block, k, n, routes, num_experts):
+def columns_of(rows, block, k, n, routes, num_experts, has_wgmma=False):
     choice = _jax_marlin.select_tile(
-        rows, block, k, n, 4, 132, routes=routes, num_experts=num_experts
+        rows, block, k, n, 4, 132, has_wgmma, routes=routes, num_experts=num_experts
     )
     return _jax_marlin.tile_table()[choice["tile"]]["columns"]
 
@@ -61,8 +61,10 @@ def test_blocks_are_as_wide_as_the_experts_that_routes_reach_allow():
     assert columns_of(1024, 8, 2048, 1536, 128, 128) == 128
     # 8 routes reach 5 of 8 experts: too few for blocks of 128 columns, enough for 64.
     assert columns_of(64, 8, 14336, 4096, 8, 8) == 64
-    assert columns_of(2, 1, 4096, 28672, 2, 8) == 128  # one wave
+    assert columns_of(8, 1, 2048, 7168, 8, 256) == 128  # one wave of short blocks
+    assert columns_of(2, 1, 4096, 28672, 2, 8) == 64  # 3.4 of 128 columns: four or three
     assert columns_of(288, 8, 4096, 28672, 32, 8) == 64  # several waves of long blocks
+    assert columns_of(288, 8, 4096, 28672, 32, 8, has_wgmma=True) == 128  # but x stays
 
 
 def test_small_problems_split_k_to_fill_the_gpu():
@@ -76,6 +78,46 @@ def test_sixteen_rows_take_narrow_blocks_where_all_run_at_once():
     choice = _jax_marlin.select_tile(16, 0, 4096, 4096, 4, 132)
     assert choice["split_k"] == 1 and choice["n_blocks"] == 128
     assert _jax_marlin.select_tile(16, 0, 8192, 8192, 4, 132)["n_blocks"] == 64
+
+
+SM_80, SM_90 = {"has_wgmma": False}, {"has_wgmma": True}
+
+
+def test_parts_of_k_meet_in_clusters_where_there_are_clusters():
+    for rows, k, n in ((1, 4096, 1024), (9, 4096, 1024), (16, 2048, 512), (5, 1408, 1024)):
+        choice = _jax_marlin.select_tile(rows, 0, k, n, 4, 132, **SM_90)
+        assert choice["in_cluster"] and choice["split_k"] in (2, 4, 8)
+        assert choice["scratch_bytes"] == 0
+        choice = _jax_marlin.select_tile(rows, 0, k, n, 4, 132, **SM_80)
+        assert not choice["in_cluster"] and choice["split_k"] > 1 and choice["scratch_bytes"] > 0
+    assert not _jax_marlin.select_tile(1, 0, 4096, 4096, 4, 132, **SM_90)["in_cluster"]
+
+
+def clustered(rows, k, n):
+    choice = _jax_marlin.select_tile(rows, 0, k, n, 4, 132, **SM_90)
+    return choice["n_blocks"], choice["split_k"]
+
+
+def test_clusters_fetch_x_for_few_blocks():
+    assert clustered(1, 8192, 8192) == clustered(8, 8192, 8192) == (64, 2)
+    assert clustered(16, 8192, 8192) == (64, 2)
+    assert clustered(16, 4096, 6144) == (48, 2) and clustered(16, 4096, 1024) == (8, 8)
+    assert clustered(16, 4096, 4096) == (128, 1)  # one part of the narrowest fills the GPU
+    # The narrowest of all, some multiprocessors with twice the work of others.
+    assert clustered(1, 4096, 6144) == (192, 2) and clustered(8, 4096, 6144) == (192, 1)
+
+
+def test_very_few_rows_split_a_long_k_so_that_x_stays():
+    def split(rows, block, k, **device):
+        choice = _jax_marlin.select_tile(
+            rows, block, k, 4096, 4, 132, **device, routes=8, num_experts=8
+        )
+        return choice["split_k"]
+
+    assert split(32, 4, 14336, **SM_90) == 2
+    assert split(32, 4, 4096, **SM_90) == 1  # it stays whole
+    assert split(64, 8, 14336, **SM_90) == 1  # more rows, fewer reasons
+    assert split(32, 4, 14336, **SM_80) == 1
 
 
 def test_large_problems_do_not_split_k():

@@ -1,9 +1,10 @@
 // Float32 accumulators to rows of out: sum over the warps of K, over the blocks of K, scale, store.
+// Blocks of K meet in the shared memory of their cluster or, without clusters, in scratch.
 // Every sum runs in a fixed order, so the same inputs give the same bits.
 #pragma once
 
 #include "activation.cuh"
-#include "ptx.cuh"
+#include "ptx_sm90.cuh"
 #include "scheduler.cuh"
 
 namespace jax_marlin {
@@ -128,16 +129,47 @@ __device__ __forceinline__ void store(const GemmParams& p, int expert, int64_t r
   }
 }
 
-// Rows of a tile from `sum_of(i)`, its i-th four columns.
+// Rows of a tile from `sum_of(i)`, its i-th four columns; `share` of `shares` equal ones.
 template <class Config, class SumOf>
-__device__ __forceinline__ void store_tile(const GemmParams& p, int expert, int column_block,
-                                           const int* out_row, SumOf sum_of) {
+__device__ __forceinline__ void store_tile(const GemmParams& p, const WorkTile& tile,
+                                           const int* out_row, int share, int shares,
+                                           SumOf sum_of) {
   constexpr int kRowVectors = Config::kColumns / 4;
-  for (int i = threadIdx.x; i < Config::kTileM * kRowVectors; i += Config::kThreads) {
-    const int n = column_block * Config::kColumns + i % kRowVectors * 4;
+  for (int i = share * Config::kThreads + threadIdx.x; i < Config::kTileM * kRowVectors;
+       i += shares * Config::kThreads) {
+    const int n = tile.column_block * Config::kColumns + i % kRowVectors * 4;
     const int row = out_row[i / kRowVectors];
-    if (row >= 0 && n < p.n) store<Config>(p, expert, row, n, sum_of(i));
+    if (row >= 0 && n < p.n) store<Config>(p, tile.expert, row, n, sum_of(i));
   }
+}
+
+// Each block of the cluster adds all parts, in rank order, of its share of the tile.
+template <class Config>
+__device__ __forceinline__ void store_cluster(const GemmParams& p, const WorkTile& tile,
+                                              SharedStorage<Config>& storage) {
+#if __CUDA_ARCH__ >= 900
+  TileSums<Config>& sums = storage.sums;
+  const auto vector = [&](int i) {
+    constexpr int kRowVectors = Config::kColumns / 4;
+    return reinterpret_cast<float4*>(&sums.of[0][i / kRowVectors][i % kRowVectors * 4]);
+  };
+  if constexpr (Config::kWarpsK > 1) {
+    for (int i = threadIdx.x; i < Config::kTileM * Config::kColumns / 4; i += Config::kThreads) {
+      *vector(i) = sum_warps<Config>(sums, i);
+    }
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  store_tile<Config>(p, tile, storage.out_row, tile.split, p.split_k, [&](int i) {
+    float4 sum = {};
+#pragma unroll 4
+    for (int rank = 0; rank < p.split_k; ++rank) add(sum, ptx::load_remote(vector(i), rank));
+    return sum;
+  });
+  __syncwarp();
+  ptx::cluster_arrive();  // shared memory must outlive its readers
+  ptx::cluster_wait();
+#endif
 }
 
 // activation(gate, up) of a gated tile, which holds columns of gate, then the same columns of up.
@@ -174,8 +206,9 @@ __device__ __forceinline__ void finish(const GemmParams& p, const WorkTile& tile
   if (p.activation != Activation::kNone) {
     return store_gated<Config>(p, tile.expert, tile.column_block, storage.out_row, storage.sums);
   }
+  if (p.split_k > 1 && p.arrivals == nullptr) return store_cluster<Config>(p, tile, storage);
   if (p.split_k > 1 && !publish_part<Config>(p, tile, storage)) return;
-  store_tile<Config>(p, tile.expert, tile.column_block, storage.out_row, [&](int i) {
+  store_tile<Config>(p, tile, storage.out_row, 0, 1, [&](int i) {
     return p.split_k > 1 ? sum_parts<Config>(p, tile, i) : sum_warps<Config>(storage.sums, i);
   });
 }

@@ -29,24 +29,33 @@ GemmKernel find_kernel(const GemmLaunch& gemm) {
   return find(gemm.choice.tile, stored);
 }
 
-// most_shared: of all launches of this kernel, where they differ.
+// cluster: blocks along z that run together. most_shared: of all launches of this kernel, where
+// they differ.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Order order,
-                   cudaStream_t stream, const Params& params, int most_shared = 0) {
+                   cudaStream_t stream, const Params& params, int cluster = 1,
+                   int most_shared = 0) {
   bool overlaps = false;
   const cudaError_t ready = set_up_kernel(reinterpret_cast<const void*>(kernel),
                                           std::max(shared_bytes, most_shared), &overlaps);
   if (ready != cudaSuccess) return ready;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (order == Order::kOverlap && overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {1, 1, static_cast<unsigned>(cluster)};
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = order == Order::kOverlap && overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -89,7 +98,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   GemmParams params = gemm.params;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
-  if (choice.split_k > 1) {
+  if (choice.split_k > 1 && !choice.in_cluster) {
     params.arrivals = static_cast<int*>(gemm.scratch);
     params.partials =
         reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
@@ -104,17 +113,18 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   dim3 grid(static_cast<unsigned>(choice.row_blocks), choice.n_blocks, choice.split_k);
   if (params.columns_first) std::swap(grid.x, grid.y);
   if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
+  const int cluster = choice.in_cluster ? choice.split_k : 1;
   const Residence residence =
       select_residence(params, choice, tile, gemm.bits, kernel.stages_at, device);
   const int resident_bytes = std::max(kernel.shared_bytes, kernel.stages_at + residence.bytes);
   // A kernel that starts beside this one counts on no more than the ring takes.
   if (residence.rows == 0 || (params.next_fits_beside && resident_bytes > kernel.shared_bytes)) {
-    return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream,
-                  params);
+    return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params,
+                  cluster);
   }
   params.resident_rows = residence.rows;
   return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params,
-                kSharedOfBlock);
+                cluster, kSharedOfBlock);
 }
 
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {

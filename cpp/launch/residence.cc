@@ -1,4 +1,4 @@
-// x stays where as many blocks as the registers allow still share a multiprocessor.
+// x stays where nearly as many blocks as the registers allow still share a multiprocessor.
 
 #include "residence.h"
 
@@ -25,6 +25,20 @@ int rows_of_block(const GemmParams& p, const TileConfig& tile) {
 
 }  // namespace
 
+int blocks_beside(const TileConfig& tile, int bits) {
+  const int most = tile.blocks_per_sm(bits);
+  return std::max(most - 1, std::min(most, 2));
+}
+
+bool may_reside(const GemmProblem& problem, const TileConfig& tile, int split_k,
+                const DeviceLimits& device) {
+  if (problem.moe_block_size == 0 || !device.has_wgmma || !tile.can_reside()) return false;
+  // Two column tiles have scales of 256 bytes a group, and groups of 128 are the most common.
+  const int64_t rows = std::min(problem.moe_block_size, tile.tile_m) + 1;
+  const int64_t bytes = rows * ceil_div(problem.k, split_k) * kElementBytes + kSharedReserve;
+  return blocks_beside(tile, problem.bits) * bytes <= kSharedOfSm;
+}
+
 Residence select_residence(const GemmParams& p, const TileChoice& choice, const TileConfig& tile,
                            int bits, int fixed_bytes, const DeviceLimits& device) {
   if (!serves(p, tile, device)) return {};
@@ -37,7 +51,9 @@ Residence select_residence(const GemmParams& p, const TileChoice& choice, const 
       rows * (k + 8) * kElementBytes + sets * kResidentTiles * groups * kTile * kElementBytes;
   const int64_t blocks =
       ceil_div(choice.row_blocks * choice.n_blocks * choice.split_k, device.sm_count);
-  const int64_t together = std::clamp<int64_t>(blocks, 1, tile.blocks_per_sm(bits));
+  // Where all blocks run at once, they still must.
+  const bool at_once = blocks <= tile.blocks_per_sm(bits);
+  const int64_t together = at_once ? std::max<int64_t>(blocks, 1) : blocks_beside(tile, bits);
   const int64_t whole = fixed_bytes + bytes;
   if (whole > kSharedOfBlock || together * (whole + kSharedReserve) > kSharedOfSm) return {};
   return {rows, static_cast<int>(bytes)};

@@ -46,12 +46,12 @@ bool leaves_room(const TileChoice& gate_up, const LayerProblem& layer, int sm_co
 // Takes for gate_up the narrowest tile, from the one that is best alone, that leaves room for down.
 // A wider one still has a block for each multiprocessor.
 bool make_room(TileChoice& gate_up, const GemmProblem& problem, const LayerProblem& layer,
-               int sm_count) {
+               const DeviceLimits& device) {
   const int tile_m = kTileTable[gate_up.tile].tile_m;
   for (int tile = gate_up.tile; tile < kNumTiles && kTileTable[tile].tile_m == tile_m; ++tile) {
-    const TileChoice choice = tile_choice(problem, tile, sm_count);
-    if (tile > gate_up.tile && choice.row_blocks * choice.n_blocks < sm_count) break;
-    if (leaves_room(choice, layer, sm_count)) {
+    const TileChoice choice = tile_choice(problem, tile, device);
+    if (tile > gate_up.tile && choice.row_blocks * choice.n_blocks < device.sm_count) break;
+    if (leaves_room(choice, layer, device.sm_count)) {
       gate_up = choice;
       return true;
     }
@@ -79,7 +79,7 @@ LayerChoice select_layer(const LayerProblem& layer, const DeviceLimits& device) 
   choice.down = choice.sums_routes ? choose_routes_tile(layer) : select_tile(down, device);
   // Only in code of sm_90 does a kernel wait for the one before it, and so may start early.
   const bool follows = choice.sums_routes && !layer.down_gathers && device.has_wgmma;
-  choice.down_fits_beside = follows && make_room(choice.gate_up, gate_up, layer, device.sm_count);
+  choice.down_fits_beside = follows && make_room(choice.gate_up, gate_up, layer, device);
   return choice;
 }
 

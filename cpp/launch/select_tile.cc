@@ -1,19 +1,17 @@
-// The tile that takes all rows, its width, and a K split that fills the GPU.
+// The tile that takes all rows, and its width.
 
 #include "select_tile.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "residence.h"
+#include "select_split.h"
 #include "tile_table.h"
 #include "wgmma/select_tile.h"
 
 namespace jax_marlin {
 namespace {
-
-// At least as many multiprocessors as any GPU has: with the table it bounds the scratch.
-constexpr int kMaxSmCount = 216;
-constexpr int kMaxSplitK = 8;
 
 // Table rows [first, last] with the smallest tile_m that takes all rows, else with the largest.
 struct TileRange {
@@ -51,26 +49,54 @@ double expected_row_blocks(const GemmProblem& problem) {
 }
 
 // Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks.
-int select_narrow_rows(const GemmProblem& problem, const TileRange& range, int sm_count) {
+int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
+                       const DeviceLimits& device) {
   constexpr int kLongK = 8192, kBlocksPerSm = 4;
+  const int sm_count = device.sm_count;
   const double row_blocks = expected_row_blocks(problem);
   const auto blocks = [&](int tile) {
     return row_blocks * static_cast<double>(ceil_div(problem.n, kTileTable[tile].columns()));
   };
+  // Columns of the busiest multiprocessor.
+  const auto most_columns = [&](int tile) {
+    return std::ceil(blocks(tile) / sm_count) * kTileTable[tile].columns();
+  };
   const int deep = range.last, wide = deep - 1;  // equally wide: for long K, and for short
-  int tile = problem.k >= kLongK ? deep : wide;
-  if (blocks(tile) < 1.9 * sm_count) {
-    for (tile = wide - 1; tile > range.first && blocks(tile) < 1.9 * sm_count;) --tile;
-  } else if (problem.k >= kLongK / 2 && blocks(tile) > kBlocksPerSm * sm_count) {
-    tile = wide - 1;  // several waves of long blocks: finer ones end closer together
+  const bool long_k = problem.k >= kLongK;
+  const int widest = long_k ? deep : wide, next = wide - 1;
+  if (blocks(widest) < 1.9 * sm_count) {
+    // Two parts of a long K in each cluster fill the GPU, and x is fetched for a quarter as many
+    // blocks as by the narrowest.
+    const bool halves = 2 * blocks(deep) > 0.9 * sm_count && 2 * blocks(deep) <= sm_count;
+    if (long_k && halves && problem.moe_block_size == 0 && device.has_wgmma) return deep;
+    int tile = next;
+    while (tile > range.first && blocks(tile) < 1.9 * sm_count) --tile;
+    return tile;
   }
-  return tile;
+  // Finer blocks of long K end closer together: in several waves, unless x can stay beside wide
+  // ones, and where all run at once but some multiprocessors have one more.
+  if (problem.k < kLongK / 2) return widest;
+  if (blocks(widest) <= kBlocksPerSm * sm_count) {
+    return most_columns(next) * 1.1 < most_columns(widest) ? next : widest;
+  }
+  return may_reside(problem, kTileTable[widest], 1, device) ? widest : next;
 }
 
-int select_width(const GemmProblem& problem, int sm_count) {
+// 16 rows of a dense product whose parts of K meet in clusters: the narrowest tile where it takes
+// one part or two, and otherwise the widest, whose many parts fetch x least.
+int select_clustered_rows(const GemmProblem& problem, const TileRange& range, int sm_count) {
+  const int64_t blocks = ceil_div(problem.n, kTileTable[range.first].columns());
+  return blocks <= sm_count && 4 * blocks > sm_count ? range.first : range.last;
+}
+
+int select_width(const GemmProblem& problem, const DeviceLimits& device) {
+  const int sm_count = device.sm_count;
   const TileRange range = fitting_tiles(problem);
   const int tile_m = kTileTable[range.first].tile_m;
-  if (tile_m == 8) return select_narrow_rows(problem, range, sm_count);
+  if (tile_m == 8) return select_narrow_rows(problem, range, device);
+  if (tile_m == 16 && problem.moe_block_size == 0 && device.has_wgmma) {
+    return select_clustered_rows(problem, range, sm_count);
+  }
   const auto blocks_of = [&](int tile) {
     return row_blocks(problem, kTileTable[tile]) * ceil_div(problem.n, kTileTable[tile].columns());
   };
@@ -84,22 +110,9 @@ int select_width(const GemmProblem& problem, int sm_count) {
   return fits ? range.last : narrow;
 }
 
-// Parts of K, where blocks leave half of the multiprocessors idle and each part still feeds all
-// warps of K with half a ring: a part costs a round through scratch.
-int select_split(const GemmProblem& problem, const TileChoice& choice, int sm_count) {
-  const TileConfig& tile = kTileTable[choice.tile];
-  const int64_t blocks = std::max<int64_t>(choice.row_blocks * choice.n_blocks, 1);
-  if (problem.gated || 2 * blocks > sm_count) return 1;
-  const int64_t wanted = std::min(sm_count, kMaxSmCount) / blocks;
-  const int64_t deepest =
-      ceil_div(problem.k, kTile) / (tile.warps_k() * std::max(tile.depth / 2, 1));
-  return static_cast<int>(
-      std::max<int64_t>(std::min({wanted, deepest, static_cast<int64_t>(kMaxSplitK)}), 1));
-}
-
 }  // namespace
 
-TileChoice tile_choice(const GemmProblem& problem, int tile, int sm_count) {
+TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device) {
   const TileConfig& config = kTileTable[tile];
   TileChoice choice;
   choice.tile = tile;
@@ -107,24 +120,25 @@ TileChoice tile_choice(const GemmProblem& problem, int tile, int sm_count) {
       static_cast<int>(std::max<int64_t>(ceil_div(problem.moe_block_size, config.tile_m), 1));
   choice.row_blocks = row_blocks(problem, config);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, config.columns()));
-  choice.split_k = select_split(problem, choice, sm_count);
+  choice.split_k = select_split(problem, choice, device);
+  choice.in_cluster = choice.split_k > 1 && device.has_wgmma;
   return choice;
 }
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   const int sm_count = device.sm_count;
   if (device.has_wgmma && prefers_wgmma(problem)) return select_wgmma_tile(problem, sm_count);
-  return tile_choice(problem, select_width(problem, sm_count), sm_count);
+  return tile_choice(problem, select_width(problem, device), device);
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {
-  if (choice.split_k == 1 || choice.wgmma) return 0;
+  if (choice.split_k == 1 || choice.in_cluster) return 0;
   return ceil_div(choice.row_blocks * choice.n_blocks * static_cast<int64_t>(sizeof(int)), 256) *
          256;
 }
 
 int64_t scratch_bytes(const TileChoice& choice) {
-  if (choice.split_k == 1 || choice.wgmma) return 0;
+  if (choice.split_k == 1 || choice.in_cluster) return 0;
   const int64_t parts = choice.row_blocks * choice.n_blocks * choice.split_k;
   return arrivals_bytes(choice) +
          parts * kTileTable[choice.tile].elements() * static_cast<int64_t>(sizeof(float));

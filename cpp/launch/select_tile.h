@@ -25,20 +25,20 @@ struct DeviceLimits {
 };
 
 struct TileChoice {
-  bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable, and split_k blocks are a
-                       // cluster that needs no scratch
+  bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable
   int tile;  // row of kTileTable
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
   int n_blocks;
   int split_k;
+  bool in_cluster = false;  // the blocks that split K are a cluster, which needs no scratch
   int share_x = 1;  // wgmma: blocks of a cluster that copy rows of x for each other
   bool in_boxes = false;  // wgmma: rows of x must be neighbours, dense or by slot
 };
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);
 // What a row of kTileTable makes of a problem, best or not.
-TileChoice tile_choice(const GemmProblem& problem, int tile, int sm_count);
+TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device);
 
 // Scratch layout: arrivals first, one int an output tile, then the partial sums.
 int64_t arrivals_bytes(const TileChoice& choice);

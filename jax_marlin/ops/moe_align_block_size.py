@@ -155,12 +155,15 @@ def expert_of_row(
 def select_moe_block_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     """Slots of a block: the smallest of 8 to 64 of which an average expert fills 90 %, or 128.
 
-    Or 256, of which an average expert fills two: the last one is mostly padding.
+    Or 4, where so many suffice for nearly all experts: less of x to keep beside the weights. Or
+    256, of which an average expert fills two: the last one is mostly padding.
 
     A function of static shapes only. A symbolic number of tokens (`jax.export`) gets 64.
     """
     if not isinstance(num_tokens, int):
         return 64
+    if 4 * num_tokens * top_k <= 5 * num_experts:
+        return 4
     for moe_block_size in (8, 16, 32, 64):
         if 10 * num_tokens * top_k <= 9 * moe_block_size * num_experts:
             return moe_block_size

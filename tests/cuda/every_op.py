@@ -71,7 +71,7 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
         topk_ids = jnp.asarray(rng.integers(0, experts, (rows, experts)), jnp.int32)
         result = jax.jit(jm.moe_ffn)(x, topk_ids, jnp.full(topk_ids.shape, 0.5), *layer)
         assert np.isfinite(np.asarray(result).astype(np.float32)).all()
-    # Split K with its scratch: few columns, long K.
+    # Split K: few columns, long K. Its parts meet in a cluster, or in scratch where there is none.
     jax.block_until_ready(long(jnp.ones((5, 2048), dtype)))
     print("every op ran")
 

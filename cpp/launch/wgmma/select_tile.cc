@@ -27,6 +27,7 @@ TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
                              : ceil_div(problem.rows, t.tile_m);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, t.columns()));
   choice.split_k = split_k;
+  choice.in_cluster = split_k > 1;
   choice.in_boxes = t.in_boxes();
   // Neighbouring columns read the same rows: two blocks together ask L2 for them half as often.
   if (choice.in_boxes && split_k == 1 && choice.n_blocks > 1) choice.share_x = 2;
