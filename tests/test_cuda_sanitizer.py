@@ -13,9 +13,9 @@ pytestmark = pytest.mark.cuda
 
 FAMILIES = list(itertools.product(("float16", "bfloat16"), ("4", "8"), ("symmetric", "asymmetric")))
 # It speaks with its program through a port, of ten from the first that it may take: runs side by
-# side that share them wait for each other without end.
+# side that share them wait for each other without end. Below those that Linux gives to anybody.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORT = 49152 + 10 * WORKER
+PORT = 20000 + 10 * WORKER
 SCRIPT = Path(__file__).resolve().parent / "cuda" / "every_op.py"
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from jax_marlin.ops import layer_call
+from jax_marlin.ops.moe_align_block_size import aligned_sizes, select_moe_block_size
 
 _jax_marlin = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
 
@@ -16,9 +17,10 @@ H100 = {"sm_count": 132, "has_wgmma": True}
 
 def select(tokens, sizes, bits=4, **rest):
     # As many slots as tables may ever have.
-    routes = tokens * sizes["top_k"]
-    slots = routes + 7 * min(routes, sizes["num_experts"])
-    return _jax_marlin.select_layer(tokens, bits=bits, slots=slots, **(sizes | H100 | rest))
+    block = select_moe_block_size(tokens, sizes["top_k"], sizes["num_experts"])
+    slots, _ = aligned_sizes((tokens, sizes["top_k"]), block, sizes["num_experts"])
+    tables = {"slots": slots, "moe_block_size": block}
+    return _jax_marlin.select_layer(tokens, bits=bits, **(sizes | tables | H100 | rest))
 
 
 def choices():

@@ -129,7 +129,8 @@ __device__ __forceinline__ void store(const GemmParams& p, int expert, int64_t r
   }
 }
 
-// Rows of a tile from `sum_of(i)`, its i-th four columns; `share` of `shares` equal ones.
+// Rows of a tile from `sum_of(i)`, its i-th four columns; `shares` blocks take turns of one
+// for each thread, and `share` says which.
 template <class Config, class SumOf>
 __device__ __forceinline__ void store_tile(const GemmParams& p, const WorkTile& tile,
                                            const int* out_row, int share, int shares,
@@ -143,7 +144,8 @@ __device__ __forceinline__ void store_tile(const GemmParams& p, const WorkTile& 
   }
 }
 
-// Each block of the cluster adds all parts, in rank order, of its share of the tile.
+// Blocks of the cluster take turns to add all parts, in rank order; where one turn takes the whole
+// tile, as of 8 rows, the first block does.
 template <class Config>
 __device__ __forceinline__ void store_cluster(const GemmParams& p, const WorkTile& tile,
                                               SharedStorage<Config>& storage) {

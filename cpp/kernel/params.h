@@ -29,8 +29,8 @@ struct GemmParams {
   const int* topk_ids;         // routed without tables: [out_rows], a row block for each
   const float* topk_weights;   // [out_rows]; null when rows are not weighted
   void* out;                   // [out_rows, n], or [slots, n] by slot
-  float* partials;             // [work tiles, split_k, tile_m, tile columns], where parts meet
-  int* arrivals;               // [work tiles], zero at entry; null: they meet in their cluster
+  float* partials;             // [work tiles, split_k, tile_m, tile columns]; null in clusters
+  int* arrivals;               // [work tiles], zero at entry; null in clusters
 
   int64_t x_stride;
   int64_t out_rows;            // dense: M; routed: tokens * top_k

@@ -48,7 +48,8 @@ double expected_row_blocks(const GemmProblem& problem) {
   return std::min(bound, std::max(touched, routes / problem.moe_block_size));
 }
 
-// Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks.
+// Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks, or one
+// that is half of a cluster.
 int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
                        const DeviceLimits& device) {
   constexpr int kLongK = 8192, kBlocksPerSm = 4;
@@ -82,27 +83,22 @@ int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
   return may_reside(problem, kTileTable[widest], 1, device) ? widest : next;
 }
 
-// 16 rows of a dense product whose parts of K meet in clusters: the narrowest tile where it takes
-// one part or two, and otherwise the widest, whose many parts fetch x least.
-int select_clustered_rows(const GemmProblem& problem, const TileRange& range, int sm_count) {
-  const int64_t blocks = ceil_div(problem.n, kTileTable[range.first].columns());
-  return blocks <= sm_count && 4 * blocks > sm_count ? range.first : range.last;
-}
-
 int select_width(const GemmProblem& problem, const DeviceLimits& device) {
   const int sm_count = device.sm_count;
   const TileRange range = fitting_tiles(problem);
   const int tile_m = kTileTable[range.first].tile_m;
   if (tile_m == 8) return select_narrow_rows(problem, range, device);
-  if (tile_m == 16 && problem.moe_block_size == 0 && device.has_wgmma) {
-    return select_clustered_rows(problem, range, sm_count);
-  }
   const auto blocks_of = [&](int tile) {
     return row_blocks(problem, kTileTable[tile]) * ceil_div(problem.n, kTileTable[tile].columns());
   };
   const int narrow = std::max(range.first, range.last - 1);
-  // The narrowest of 16 rows where its blocks run at once: K is split least.
-  if (range.first < narrow && blocks_of(range.first) <= sm_count) return range.first;
+  // The narrowest of 16 rows where its blocks run at once: K is split least. In clusters more than
+  // two parts of it do not pay: the widest's many parts fetch x for fewer blocks.
+  const bool in_clusters = tile_m == 16 && problem.moe_block_size == 0 && device.has_wgmma;
+  const int64_t finest = blocks_of(range.first);
+  const bool fills = finest <= sm_count && (!in_clusters || 4 * finest > sm_count);
+  if (range.first < narrow && fills) return range.first;
+  if (in_clusters && 2 * blocks_of(range.last) <= sm_count) return range.last;
   // Wide where it gives each multiprocessor two blocks, or where weights are large all the same.
   const int64_t blocks = blocks_of(range.last);
   const int64_t large = int64_t{1} << (tile_m == 16 ? 25 : 26);

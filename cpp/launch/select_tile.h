@@ -21,7 +21,7 @@ struct GemmProblem {
 // What of a GPU the choice depends on.
 struct DeviceLimits {
   int sm_count;
-  bool has_wgmma;  // sm_90, and its code compiled in
+  bool has_wgmma;  // sm_90, and its code compiled in: clusters and bulk copies, too
 };
 
 struct TileChoice {
