@@ -8,9 +8,8 @@ import numpy as np
 
 from jax_marlin.canonical import CanonicalLinear
 from jax_marlin.layout import TILE
+from jax_marlin.native_repack import pack_awq_words, pack_words
 from jax_marlin.quant_spec import QuantSpec
-from jax_marlin.repack import pack_words
-from jax_marlin.repack_rows import pack_awq_words, pack_words_in_order
 from jax_marlin.words import AWQ_COLUMNS, one_in_every_field, pack_awq
 
 
@@ -41,12 +40,9 @@ def pack_canonical(weights: Sequence[CanonicalLinear], spec: QuantSpec, out: np.
     else:
         words = [_padded_words(weight, spec) for weight in weights]
         perms = [weight.perm for weight in weights if weight.perm is not None]
-        if not perms:
-            pack_words(words, spec.bits, out)
-            return
         padding = np.arange(spec.k, spec.k_tiles * TILE)
         orders = [np.concatenate([perm, padding]) for perm in perms]
-        pack_words_in_order(words, orders, spec.bits, out)
+        pack_words(words, orders or None, spec.bits, out)
 
 
 def _padded_awq_words(canonical: CanonicalLinear, spec: QuantSpec) -> np.ndarray:

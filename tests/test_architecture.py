@@ -15,7 +15,7 @@ MAX_LINES = 300
 # A module may import, at module level, only modules of its own stage or an earlier one.
 PYTHON_STAGES = [
     {"quant_spec"},
-    {"layout", "words", "repack", "repack_rows"},
+    {"layout", "words", "repack", "repack_rows", "native_repack"},
     {"canonical"},
     {"linear", "weights", "dense_stack", "pack_canonical", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
@@ -27,8 +27,9 @@ PYTHON_STAGES = [
     {"cli"},
     {"__main__", "__init__"},
 ]
-# bindings -> ffi -> launch -> kernel: a file includes its own stage or one below it.
-CPP_STAGES = ["kernel", "launch", "ffi", "bindings"]
+# bindings -> ffi -> launch -> host -> kernel: a file includes its own stage or one below it. What
+# runs on the host alone knows of the kernels no more than the tile.
+CPP_STAGES = ["kernel", "host", "launch", "ffi", "bindings"]
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))

@@ -1,5 +1,5 @@
 // The extension module `_jax_marlin`: handler capsules by target name, and the pure functions that
-// Python and the tests ask without a GPU. No logic.
+// Python and the tests ask without a GPU, or that loading calls. No logic.
 
 #include <cuda_runtime.h>
 #include <nanobind/nanobind.h>
@@ -7,13 +7,14 @@
 #include <sstream>
 #include <string>
 
-#include "ffi/handlers.h"
-#include "launch/instances.h"
-#include "launch/residence.h"
-#include "launch/select_layer.h"
-#include "launch/select_tile.h"
-#include "launch/tile_table.h"
-#include "launch/wgmma/tile_table.h"
+#include "../ffi/handlers.h"
+#include "../launch/instances.h"
+#include "../launch/residence.h"
+#include "../launch/select_layer.h"
+#include "../launch/select_tile.h"
+#include "../launch/tile_table.h"
+#include "../launch/wgmma/tile_table.h"
+#include "packers.h"
 
 namespace nb = nanobind;
 
@@ -165,6 +166,7 @@ NB_MODULE(_jax_marlin, m) {
       },
       nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"), nb::arg("n"), nb::arg("bits"),
       "Scratch that is enough on any GPU.");
+  bind_packers(m);
 }
 
 }  // namespace jax_marlin
