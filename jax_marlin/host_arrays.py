@@ -21,7 +21,7 @@ def host_array(value: Any, name: str, where: str) -> np.ndarray:
         where: the function or module that errors are reported for.
 
     Raises:
-        TypeError: a tracer, or something that does not become an array.
+        TypeError: a tracer, or something that does not become an array, say rows of unequal length.
 
     >>> host_array([1, 2], "g_idx", "example").shape
     (2,)
@@ -33,7 +33,7 @@ def host_array(value: Any, name: str, where: str) -> np.ndarray:
         )
     try:
         return np.asarray(value)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         # torch has no NumPy form of bfloat16 tensors; JAX reads them through DLPack
         if not hasattr(value, "__dlpack__"):
             raise TypeError(f"{where}: {name} does not become a NumPy array: {error}") from error

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_marlin.layout import TILE, unpair_columns
@@ -86,10 +88,14 @@ class MarlinLinear:
     def __getitem__(self, index: Any) -> MarlinLinear:
         """`w[:, a:b]`: fewer columns of the same stack; a and b multiples of 64, or b the end.
 
+        `w[...]` is `w` itself, what reading an `nnx.Param` asks for.
+
         Raises:
             TypeError: not `[:, a:b]` with static bounds.
             ValueError: the columns are off the tiles, or there are none.
         """
+        if index is Ellipsis:
+            return self
         if not (
             isinstance(index, tuple)
             and len(index) == 2
@@ -124,7 +130,9 @@ class MarlinLinear:
         Returns:
             dtype[K, n], K in the original order; no bias.
         """
-        return _dequantize(self, self.dtype if dtype is None else jnp.dtype(dtype))
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        _, n, k, _ = (None, *jax.typeof(self.stack.qweight).sharding.spec)[-4:]
+        return unpack_on_mesh(functools.partial(_dequantize, dtype=dtype), self, (k, n))
 
     def astype(self, dtype: DTypeLike) -> MarlinLinear:
         """The same codes with scales, zero points and bias in another compute dtype.
@@ -175,6 +183,25 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
     if not -num_experts <= position < num_experts:
         raise IndexError(f"{where}: index {position} is out of range for {num_experts} experts")
     return jnp.int32(position % num_experts)
+
+
+def unpack_on_mesh(unpack: Callable[[Any], jax.Array], weight: Any, cut: tuple) -> jax.Array:
+    """`unpack(weight)`, which an explicit mesh leaves to the compiler.
+
+    Axes of the result are cut as `cut` says, those of the leaves' tiles, where they divide so.
+    """
+    stack = weight.stack if isinstance(weight, MarlinLinear) else weight
+    mesh = jax.typeof(stack.qweight).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return unpack(weight)
+    names = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in cut]
+    parts = [math.prod(mesh.shape[name] for name in own) for own in names]
+    fits = [
+        axis if size % part == 0 else None
+        for axis, size, part in zip(cut, weight.shape, parts, strict=True)
+    ]
+    sharding = NamedSharding(mesh, PartitionSpec(*fits))
+    return jax.jit(jax.sharding.auto_axes(unpack, out_sharding=sharding))(weight)
 
 
 def compute_dtype(dtype: DTypeLike, where: str) -> np.dtype:

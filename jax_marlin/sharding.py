@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.layout import TILE, pair_columns
@@ -58,7 +59,8 @@ def shard(
     """Places weights on a mesh, cut as `partition_specs` says.
 
     Args:
-        tree: as for `partition_specs`, with arrays; other leaves are copied to each device.
+        tree: as for `partition_specs`, with arrays; arrays of anything else are copied to each
+            device, and what is no array (a function, a name) stays as it is.
         mesh: the devices; of any axis types.
         kind: "expert", "column", "row", or a prefix of `tree` of these.
         axis: the mesh axis, or several, major first; None is the mesh's only axis.
@@ -103,7 +105,12 @@ def shard(
     if gate_up:
         tree = _map_weights(paired, lambda leaf: leaf, tree, kind, where)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return _map_weights(placed, lambda leaf: jax.device_put(leaf, everywhere), tree, kind, where)
+
+    def copied(leaf: Any) -> Any:
+        is_array = isinstance(leaf, ArrayLike) or hasattr(leaf, "__array__")
+        return jax.device_put(leaf, everywhere) if is_array else leaf
+
+    return _map_weights(placed, copied, tree, kind, where)
 
 
 def pair_gate_up(w: Any, parts: int, where: str = "pair_gate_up") -> Any:
@@ -254,12 +261,10 @@ def _check(where: str, w: _Stack, kind: str, devices: int | None) -> None:
     packed = isinstance(w, MarlinExpertStack)
     over = "several devices" if devices is None else f"{devices} devices"
     if kind == "expert":
-        size, parts, unit, rest = (
-            w.shape[0],
-            w.shape[0],
-            "experts",
-            "over another number of devices",
-        )
+        # Leading axes (layers) are whole: experts are the fourth from the end, of dense weights
+        # the third.
+        size = w.qweight.shape[-4] if packed else w.weight.shape[-3]
+        parts, unit, rest = size, "experts", "over another number of devices"
     elif kind == "column":
         size, parts = w.n_per_expert, w.spec.n_parts if packed else w.n_per_expert
         unit = f"columns in whole tiles of {TILE}" if packed else "columns"

@@ -12,7 +12,14 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_marlin.linear import MarlinLinear, compute_dtype, describe, expert_index, leaf_bytes
+from jax_marlin.linear import (
+    MarlinLinear,
+    compute_dtype,
+    describe,
+    expert_index,
+    leaf_bytes,
+    unpack_on_mesh,
+)
 from jax_marlin.quant_spec import QuantSpec
 
 __all__ = ["MarlinExpertStack", "MarlinLinear"]
@@ -129,13 +136,16 @@ class MarlinExpertStack:
 
         Args:
             index: an int, -E <= e < E; a scalar integer array, which may be traced and is clamped
-                to the experts where it is used; or a slice with static bounds and step 1.
+                to the experts where it is used; a slice with static bounds and step 1; or `...`,
+                which is the stack itself (what reading an `nnx.Param` asks for).
 
         Raises:
             IndexError: a static index is out of range.
             TypeError: another index, or the leaves have no expert axis.
             ValueError: a slice with a step, or an empty one.
         """
+        if index is Ellipsis:
+            return self
         if self.is_single:
             raise TypeError(
                 "MarlinExpertStack[...]: the leaves have no expert axis, use it as it is"
@@ -176,7 +186,8 @@ class MarlinExpertStack:
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         if self.is_single:
             return self.as_linear().dequantize(dtype)
-        return _dequantize(self, dtype)
+        e, n, k, _ = jax.typeof(self.qweight).sharding.spec
+        return unpack_on_mesh(functools.partial(_dequantize, dtype=dtype), self, (e, k, n))
 
     def astype(self, dtype: DTypeLike) -> MarlinExpertStack:
         """The same codes with scales, zero points and bias in another compute dtype.

@@ -121,3 +121,21 @@ def test_gradients(op, platforms, extension):
 def test_without_the_constant_jax_refuses(extension):
     with pytest.raises(ValueError, match="custom calls whose targets"):
         jax.export.export(jax.jit(OPS["matmul"]), platforms=["cuda"])(*arguments(3)).serialize()
+
+
+def test_weights_as_arguments():
+    """A program of any weights of the same kind, written down with what it takes."""
+
+    def ffn(x, ids, weights, stacks, linear, dense):
+        y = jm.moe_ffn(x, ids, weights, *stacks)
+        return y, jm.matmul(x, linear), jm.ragged_dot(x, dense, jnp.array([1, 2]))
+
+    dense = jm.DenseExpertStack(jnp.ones((2, 96, 8), jnp.float16))
+    operands = (*arguments(3), (STACK, DOWN), STACK[1][:, 64:], dense)
+    program = round_trip(
+        jax.export.export(
+            jax.jit(ffn), platforms=["cpu"], disabled_checks=jm.DISABLE_JAX_EXPORT_CHECKS
+        )(*operands)
+    )
+    for got, expected in zip(program.call(*operands), jax.jit(ffn)(*operands), strict=True):
+        np.testing.assert_array_equal(got, expected)

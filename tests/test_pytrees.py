@@ -35,6 +35,12 @@ def test_copies(duplicate, weight):
     assert repr(other) == repr(weight) and other.nbytes == weight.nbytes
 
 
+@pytest.mark.parametrize("weight", [STACK, STACK[1], jax.tree.map(lambda leaf: leaf[1], STACK)],
+                         ids=["stack", "linear", "single"])  # fmt: skip
+def test_an_ellipsis_is_all_of_it(weight):
+    assert weight[...] is weight
+
+
 def test_tree_map_over_experts():
     """Leaves reordered, sliced and stacked along the expert axis are stacks of those experts."""
     expected = jm.ragged_dot(X, STACK, SIZES)

@@ -70,6 +70,33 @@ def test_ragged_dot(kind, axis, of_x, sums, spec):
     oracle.assert_within(out, result, 2.0**-16 * magnitude)
 
 
+@pytest.mark.parametrize("spec", [P("data"), P("tensor"), P(("data", "tensor"))])
+def test_group_sizes_may_be_cut(spec):
+    problem, sizes = case("explicit_sizes"), jnp.array([3, 1, 0, 4])
+    expected = jm.ragged_dot(jnp.asarray(problem.x), problem.stack(), sizes)
+    for stack in (problem.stack(), jm.shard(problem.stack(), MESH, "expert", "tensor")):
+        with jax.set_mesh(MESH):
+            out = jax.jit(jm.ragged_dot)(problem.x, stack, put(MESH, sizes, *spec))
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind, axis", [("expert", "expert"), ("column", "tensor"), ("row", "tensor")]
+)
+def test_dequantized_weights_are_cut_as_packed_ones(kind, axis):
+    stack = case("explicit_dequantized", zeros="v1").stack()
+    placed = jm.shard(stack, MESH, kind, axis)
+    cut = {
+        "expert": P("expert", None, None),
+        "column": P(None, None, "tensor"),
+        "row": P(None, "tensor", None),
+    }
+    whole = placed.dequantize()
+    assert whole.sharding.spec == cut[kind]
+    np.testing.assert_array_equal(whole, stack.dequantize())
+    np.testing.assert_array_equal(placed[1].dequantize(), stack[1].dequantize())
+
+
 @pytest.mark.parametrize("kind, axis", [("expert", "expert"), (("column", "row"), "tensor")])
 def test_layer(kind, axis):
     layer = Layer(case("explicit_layer", bias=True), case("explicit_down", k=128, n=192))

@@ -94,6 +94,22 @@ def test_pairs_keep_the_meaning_of_columns(parts):
         pair_gate_up(paired, 8)
 
 
+def test_shard_leaves_alone_what_is_no_array():
+    tree = {"w": case("functions").stack(), "activation": jax.nn.silu, "name": "moe", "scale": 2.0}
+    placed = jm.shard(tree, MESH, "expert", "expert")
+    assert placed["activation"] is jax.nn.silu and placed["name"] == "moe"
+    assert placed["scale"].sharding.is_fully_replicated
+
+
+def test_experts_of_layers_are_cut_along_their_own_axis():
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[case("layers").stack()] * 3)
+    placed = jm.shard(layers, MESH, "expert", "expert")
+    assert placed.qweight.sharding.spec == P(None, "expert", None, None, None)
+    few = jax.tree.map(lambda leaf: leaf[:, :3], layers)  # three layers, three experts
+    with pytest.raises(ValueError, match=r"has 3 experts, .* parts for 2 devices"):
+        jm.shard(few, MESH, "expert", "data")
+
+
 STACK, ACT_ORDER = case("refused").stack(), case("refused_g_idx", g_idx="shared").stack()
 REFUSED = [
     (STACK, "experts", "data", "shard: kind is 'experts', expected one of"),

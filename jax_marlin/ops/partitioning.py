@@ -244,6 +244,7 @@ def _assign(
                     f"its axis {axis} cannot be cut over {', '.join(names)} here: it has at most "
                     f"{parts} equal parts (of whole tiles, quantization groups and gate|up pairs; "
                     "rows in act-order are one), and must be cut as the other operands are, by a "
-                    "mesh axis of its own; place weights by jax_marlin.shard, or reshard"
+                    "mesh axis of its own; place weights by jax_marlin.shard (gate|up with "
+                    "gate_up=True), or reshard"
                 )
     return axes

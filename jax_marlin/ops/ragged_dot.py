@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin.dense_stack import DenseExpertStack
@@ -119,18 +120,21 @@ def _checked_sizes(group_sizes: checks.Integers, num_rows, num_experts: int | No
         expected = "(groups,)" if num_experts is None else f"(num_experts,) = ({num_experts},)"
         raise ValueError(f"{_WHERE}: group_sizes has shape {shape}, expected {expected}")
     if isinstance(group_sizes, np.ndarray):
-        sizes = [int(size) for size in group_sizes]
-        if min(sizes) < 0:
-            raise ValueError(f"{_WHERE}: group_sizes holds {min(sizes)}, expected sizes >= 0")
-        if isinstance(num_rows, int) and sum(sizes) > num_rows:
+        least, total = int(group_sizes.min()), sum(int(size) for size in group_sizes)
+        if least < 0:
+            raise ValueError(f"{_WHERE}: group_sizes holds {least}, expected sizes >= 0")
+        if isinstance(num_rows, int) and total > num_rows:
             raise ValueError(
-                f"{_WHERE}: group_sizes sums to {sum(sizes)}, expected at most {num_rows}, x's rows"
+                f"{_WHERE}: group_sizes sums to {total}, expected at most {num_rows}, x's rows"
             )
         return jnp.asarray(group_sizes.astype(np.int32))
+    sizes: jax.Array = group_sizes
+    if jax.typeof(sizes).sharding.spec != PartitionSpec(None):
+        # Typed as cut, by an explicit mesh: a few numbers, of which each device needs all.
+        sizes = jax.sharding.reshard(sizes, PartitionSpec(None))
     if dtype.itemsize < 4:
-        group_sizes = group_sizes.astype(jnp.int32)  # M may exceed an int8
-    group_sizes = jnp.minimum(jnp.maximum(group_sizes, 0), num_rows)
-    return group_sizes.astype(jnp.int32)
+        sizes = sizes.astype(jnp.int32)  # M may exceed an int8
+    return jnp.minimum(jnp.maximum(sizes, 0), num_rows).astype(jnp.int32)
 
 
 def _checked_offset(group_offset: checks.Integers) -> jax.Array:
