@@ -132,7 +132,7 @@ class MarlinLinear:
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         _, n, k, _ = (None, *jax.typeof(self.stack.qweight).sharding.spec)[-4:]
-        return unpack_on_mesh(functools.partial(_dequantize, dtype=dtype), self, (k, n))
+        return unpack_on_mesh(_dequantize, self, dtype, (k, n))
 
     def astype(self, dtype: DTypeLike) -> MarlinLinear:
         """The same codes with scales, zero points and bias in another compute dtype.
@@ -185,15 +185,17 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
     return jnp.int32(position % num_experts)
 
 
-def unpack_on_mesh(unpack: Callable[[Any], jax.Array], weight: Any, cut: tuple) -> jax.Array:
-    """`unpack(weight)`, which an explicit mesh leaves to the compiler.
+def unpack_on_mesh(unpack: Callable, weight: Any, dtype: np.dtype, cut: tuple) -> jax.Array:
+    """`unpack(weight, dtype)`, whose explicit mesh axes are left to the compiler.
 
     Axes of the result are cut as `cut` says, those of the leaves' tiles, where they divide so.
     """
     stack = weight.stack if isinstance(weight, MarlinLinear) else weight
     mesh = jax.typeof(stack.qweight).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return unpack(weight)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    if not explicit:
+        return unpack(weight, dtype)
     names = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in cut]
     parts = [math.prod(mesh.shape[name] for name in own) for own in names]
     fits = [
@@ -201,7 +203,13 @@ def unpack_on_mesh(unpack: Callable[[Any], jax.Array], weight: Any, cut: tuple) 
         for axis, size, part in zip(cut, weight.shape, parts, strict=True)
     ]
     sharding = NamedSharding(mesh, PartitionSpec(*fits))
-    return jax.jit(jax.sharding.auto_axes(unpack, out_sharding=sharding))(weight)
+    return _unpack_cut(weight, unpack, dtype, explicit, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _unpack_cut(weight, unpack, dtype, axes, sharding):
+    own = functools.partial(unpack, dtype=dtype)
+    return jax.sharding.auto_axes(own, axes=axes, out_sharding=sharding)(weight)
 
 
 def compute_dtype(dtype: DTypeLike, where: str) -> np.dtype:

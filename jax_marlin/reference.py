@@ -214,7 +214,12 @@ def _as_floats(words, dtype):
 
 def of_expert(leaf, expert):
     """`leaf[expert]` with the index clamped to the expert axis: never out of bounds."""
-    return lax.dynamic_index_in_dim(leaf, jnp.clip(expert, 0, leaf.shape[0] - 1), 0, False)
+    expert = jnp.clip(expert, 0, leaf.shape[0] - 1)
+    if leaf.dtype == jnp.bfloat16:
+        # The CPU backend of jax 0.10 slices bfloat16 as float32, and would widen all of the leaf
+        # before any loop over experts, did it not hang together with the loop's own expert.
+        leaf, expert = lax.optimization_barrier((leaf, expert))
+    return lax.dynamic_index_in_dim(leaf, expert, 0, False)
 
 
 def dot(rows, weight, contract: int = 0):

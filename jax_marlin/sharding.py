@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.layout import TILE, pair_columns
@@ -107,8 +106,11 @@ def shard(
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def copied(leaf: Any) -> Any:
-        is_array = isinstance(leaf, ArrayLike) or hasattr(leaf, "__array__")
-        return jax.device_put(leaf, everywhere) if is_array else leaf
+        try:
+            jax.typeof(leaf)
+        except TypeError:
+            return leaf
+        return jax.device_put(leaf, everywhere)
 
     return _map_weights(placed, copied, tree, kind, where)
 

@@ -187,7 +187,7 @@ class MarlinExpertStack:
         if self.is_single:
             return self.as_linear().dequantize(dtype)
         e, n, k, _ = jax.typeof(self.qweight).sharding.spec
-        return unpack_on_mesh(functools.partial(_dequantize, dtype=dtype), self, (e, k, n))
+        return unpack_on_mesh(_dequantize, self, dtype, (e, k, n))
 
     def astype(self, dtype: DTypeLike) -> MarlinExpertStack:
         """The same codes with scales, zero points and bias in another compute dtype.

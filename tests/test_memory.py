@@ -11,6 +11,7 @@ from jax_marlin.gptq import load_gptq_stacked
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size
 from jax_marlin.ops.moe_matmul import moe_matmul
+from jax_marlin.quantize import quantize
 
 E, K, N, TOP_K = 16, 512, 768, 2
 ONE_EXPERT = K * N * 4  # float32
@@ -52,6 +53,20 @@ def test_moe_matmul_holds_one_expert(tokens, dtype):
     block = 4 * (16 * (K + N) + 2 * K // 128 * N)  # rows and scales of one block in float32
     out = 0 if dtype == "float32" else 2 * tokens * TOP_K * N  # collected as 16-bit words
     assert used <= ALLOWED + routing + block + out, f"{used / ONE_EXPERT:.2f} experts"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_small_groups_of_many_experts_are_not_widened_together(symmetric):
+    """bfloat16 scales of 64 experts, in float32 two (with zero points four) dequantized ones."""
+
+    def layer(x, experts, topk_ids):
+        routing = moe_align_block_size(topk_ids, 16, 64)
+        return moe_matmul(x, experts, *routing, moe_block_size=16, top_k=TOP_K)
+
+    w = np.zeros((64, K, N), np.float32)
+    experts = quantize(w, group_size=32, symmetric=symmetric, dtype=jnp.bfloat16)
+    used = temp_bytes(layer, jnp.ones((4, K), jnp.bfloat16), experts, jnp.zeros((4, 2), jnp.int32))
+    assert used <= ALLOWED, f"{used / ONE_EXPERT:.2f} experts"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

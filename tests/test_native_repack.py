@@ -89,6 +89,14 @@ def test_what_does_not_fit_is_refused(words, order, bits, out, message):
         extension.pack_words(*arrays)
 
 
+def test_tiles_of_another_dtype_are_refused():
+    """A copy of them would be written to, and lost."""
+    if (extension := native_repack._extension()) is None:
+        pytest.skip("the extension is not built here")
+    with pytest.raises(TypeError):
+        extension.pack_words(np.zeros((8, 64), np.uint32), None, 4, np.zeros((1, 1, 512), np.int32))
+
+
 def test_an_extension_of_an_older_checkout_is_passed_over(monkeypatch):
     monkeypatch.setattr(native_repack.importlib, "import_module", lambda name: object())
     assert native_repack._extension.__wrapped__() is None

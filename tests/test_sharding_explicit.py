@@ -78,6 +78,8 @@ def test_group_sizes_may_be_cut(spec):
         with jax.set_mesh(MESH):
             out = jax.jit(jm.ragged_dot)(problem.x, stack, put(MESH, sizes, *spec))
         np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+        out = jm.ragged_dot(jnp.asarray(problem.x), stack, put(MESH, sizes, *spec))  # no mesh set
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,17 @@ def test_dequantized_weights_are_cut_as_packed_ones(kind, axis):
     assert whole.sharding.spec == cut[kind]
     np.testing.assert_array_equal(whole, stack.dequantize())
     np.testing.assert_array_equal(placed[1].dequantize(), stack[1].dequantize())
+
+
+def test_weights_are_dequantized_where_some_axes_are_manual():
+    stack = case("dequantized_in_part").stack()
+    whole = jax.jit(
+        jax.shard_map(
+            lambda stack: stack.dequantize(), mesh=MESH, in_specs=P("expert"),
+            out_specs=P("expert"), axis_names={"expert"}, check_vma=False,
+        )
+    )(jm.shard(stack, MESH, "expert", "expert"))  # fmt: skip
+    np.testing.assert_array_equal(whole, stack.dequantize())
 
 
 @pytest.mark.parametrize("kind, axis", [("expert", "expert"), (("column", "row"), "tensor")])

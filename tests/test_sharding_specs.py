@@ -98,6 +98,8 @@ def test_shard_leaves_alone_what_is_no_array():
     tree = {"w": case("functions").stack(), "activation": jax.nn.silu, "name": "moe", "scale": 2.0}
     placed = jm.shard(tree, MESH, "expert", "expert")
     assert placed["activation"] is jax.nn.silu and placed["name"] == "moe"
+    types = {"dtype": np.float32, "class": np.ndarray, "text": np.array(["moe"])}
+    assert jm.shard(types, MESH, "expert", "expert") == types
     assert placed["scale"].sharding.is_fully_replicated
 
 

@@ -67,8 +67,9 @@ void pack_awq_words_into(const WordArray& words, const TileArray& out) {
 
 void bind_packers(nb::module_& m) {
   m.def("pack_words", &pack_words_into, nb::arg("words"), nb::arg("order").none(), nb::arg("bits"),
-        nb::arg("out"), "uint32 [K / P, N], rows of codes perhaps in another order, to tiles.");
-  m.def("pack_awq_words", &pack_awq_words_into, nb::arg("words"), nb::arg("out"),
+        nb::arg("out").noconvert(),
+        "uint32 [K / P, N], rows of codes perhaps in another order, to tiles.");
+  m.def("pack_awq_words", &pack_awq_words_into, nb::arg("words"), nb::arg("out").noconvert(),
         "AWQ's uint32 [K, N / 8] to tiles.");
 }
 

@@ -3,6 +3,7 @@ how weights that are arguments are written down."""
 
 import dataclasses
 import json
+import operator
 from typing import Any
 
 import jax.export
@@ -29,7 +30,8 @@ DISABLE_JAX_EXPORT_CHECKS = tuple(
 def _write_static(values: tuple[Any, ...]) -> bytes:
     """The static fields of a weight; a QuantSpec is a mapping, columns are a list."""
     return json.dumps(
-        [dataclasses.asdict(v) if isinstance(v, QuantSpec) else v for v in values]
+        [dataclasses.asdict(v) if isinstance(v, QuantSpec) else v for v in values],
+        default=operator.index,  # of NumPy
     ).encode()
 
 

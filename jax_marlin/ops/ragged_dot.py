@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin.dense_stack import DenseExpertStack
@@ -129,9 +129,10 @@ def _checked_sizes(group_sizes: checks.Integers, num_rows, num_experts: int | No
             )
         return jnp.asarray(group_sizes.astype(np.int32))
     sizes: jax.Array = group_sizes
-    if jax.typeof(sizes).sharding.spec != PartitionSpec(None):
+    sharding = jax.typeof(sizes).sharding
+    if sharding.spec != PartitionSpec(None):
         # Typed as cut, by an explicit mesh: a few numbers, of which each device needs all.
-        sizes = jax.sharding.reshard(sizes, PartitionSpec(None))
+        sizes = jax.sharding.reshard(sizes, NamedSharding(sharding.mesh, PartitionSpec(None)))
     if dtype.itemsize < 4:
         sizes = sizes.astype(jnp.int32)  # M may exceed an int8
     return jnp.minimum(jnp.maximum(sizes, 0), num_rows).astype(jnp.int32)
