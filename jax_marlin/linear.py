@@ -131,8 +131,7 @@ class MarlinLinear:
             dtype[K, n], K in the original order; no bias.
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        _, n, k, _ = (None, *jax.typeof(self.stack.qweight).sharding.spec)[-4:]
-        return unpack_on_mesh(_dequantize, self, dtype, (k, n))
+        return unpack_on_mesh(_dequantize, self, dtype)
 
     def astype(self, dtype: DTypeLike) -> MarlinLinear:
         """The same codes with scales, zero points and bias in another compute dtype.
@@ -185,17 +184,20 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
     return jnp.int32(position % num_experts)
 
 
-def unpack_on_mesh(unpack: Callable, weight: Any, dtype: np.dtype, cut: tuple) -> jax.Array:
+def unpack_on_mesh(unpack: Callable, weight: Any, dtype: np.dtype) -> jax.Array:
     """`unpack(weight, dtype)`, whose explicit mesh axes are left to the compiler.
 
-    Axes of the result are cut as `cut` says, those of the leaves' tiles, where they divide so.
+    Axes of the result are cut as those of the packed tiles are, where they divide so.
     """
     stack = weight.stack if isinstance(weight, MarlinLinear) else weight
-    mesh = jax.typeof(stack.qweight).sharding.mesh
+    packed = jax.typeof(stack.qweight).sharding
+    mesh = packed.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     if not explicit:
         return unpack(weight, dtype)
+    *lead, n, k, _ = packed.spec
+    cut = (*lead, k, n)[-weight.ndim :]
     names = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in cut]
     parts = [math.prod(mesh.shape[name] for name in own) for own in names]
     fits = [

@@ -186,8 +186,7 @@ class MarlinExpertStack:
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         if self.is_single:
             return self.as_linear().dequantize(dtype)
-        e, n, k, _ = jax.typeof(self.qweight).sharding.spec
-        return unpack_on_mesh(_dequantize, self, dtype, (e, k, n))
+        return unpack_on_mesh(_dequantize, self, dtype)
 
     def astype(self, dtype: DTypeLike) -> MarlinExpertStack:
         """The same codes with scales, zero points and bias in another compute dtype.

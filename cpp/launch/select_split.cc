@@ -11,8 +11,6 @@
 namespace jax_marlin {
 namespace {
 
-constexpr int kMaxSplitK = 8;  // blocks of a portable cluster
-
 // Blocks leave half of the multiprocessors idle: as many parts as fill them, each of which still
 // feeds all warps of K with half a ring. A part costs a round through scratch, or a meeting in the
 // cluster, and clusters of powers of two leave the fewest multiprocessors idle.
@@ -22,7 +20,7 @@ int split_to_fill(const GemmProblem& problem, const TileConfig& tile, int64_t bl
   const int64_t deepest =
       ceil_div(problem.k, kTile) / (tile.warps_k() * std::max(tile.depth / 2, 1));
   const auto parts = static_cast<unsigned>(
-      std::max<int64_t>(std::min({wanted, deepest, static_cast<int64_t>(kMaxSplitK)}), 1));
+      std::max<int64_t>(std::min({wanted, deepest, static_cast<int64_t>(kMaxSplit)}), 1));
   return static_cast<int>(device.has_wgmma ? std::bit_floor(parts) : parts);
 }
 

@@ -7,6 +7,7 @@ namespace jax_marlin {
 
 // At least as many multiprocessors as any GPU has: with the tile table it bounds the scratch.
 constexpr int kMaxSmCount = 216;
+constexpr int kMaxSplit = 8;  // blocks of a portable cluster
 
 // Of a choice whose tile and blocks are known.
 int select_split(const GemmProblem& problem, const TileChoice& choice, const DeviceLimits& device);

@@ -4,13 +4,13 @@
 
 #include <algorithm>
 
+#include "../select_split.h"
 #include "tile_table.h"
 
 namespace jax_marlin {
 namespace {
 
 constexpr int kMinRows = 17;  // of a tile; below, an mma.sync tile of 8 or 16 rows does less work
-constexpr int kMaxSplit = 8;  // blocks of a portable cluster
 
 int64_t tile_rows(const GemmProblem& problem) {
   return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
