@@ -14,7 +14,9 @@ def stand_in(**changes) -> types.ModuleType:
         "ffi_api_version": lambda: (0, 1),
         "cuda_version": lambda: 12090,
         "architectures": lambda: ["80", "90a"],
-        "scratch_bytes": lambda rows, moe_block_size, k, n, bits: 4 * min(rows, 64) * n,
+        "scratch_bytes": lambda rows, moe_block_size, k, n, bits, transposed=False: (
+            4 * min(rows, 64) * n
+        ),
     }
     for name, function in (functions | changes).items():
         setattr(module, name, function)

@@ -1,6 +1,7 @@
 """The product behind every gradient of x: values, memory, and what it becomes on CUDA."""
 
 import re
+from typing import Any
 
 import extension_stand_in
 import jax
@@ -103,25 +104,38 @@ def extension(monkeypatch):
         extension_stand_in.install(monkeypatch, extension_stand_in.stand_in())
 
 
-def lowered_for_cuda(dtype, implementation=None) -> str:
+def lowered_for_cuda(dtype, implementation=None, dense=False) -> str:
     g = jax.ShapeDtypeStruct((2048, N), jnp.dtype(dtype))
     ids = jax.ShapeDtypeStruct((2048,), jnp.int32)
     function = lambda g, ids, experts: transposed_product(  # noqa: E731
         g, ids, experts, out_dtype=FLOAT32, implementation=implementation
     )
-    traced = jax.jit(function).trace(g, ids, stack(dtype))
+    experts: Any = stack(dtype)
+    if dense:
+        weight: Any = jax.ShapeDtypeStruct((E, K, N), jnp.dtype(dtype))
+        experts = DenseExpertStack(weight)
+    traced = jax.jit(function).trace(g, ids, experts)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("dtype", "short"), [("float16", "f16"), ("bfloat16", "bf16")])
-def test_tensor_cores_on_cuda(dtype, short, extension):
-    """16-bit operands and float32 sums; a weight dequantized alone, never the stack."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_call_on_cuda(dtype, extension):
+    """The packed stack is an operand as it is, whatever it is dequantized to is in registers."""
     text = lowered_for_cuda(dtype)
+    assert text.count("@jax_marlin_transposed_product_v1") == 1
+    assert text.count("@jax_marlin_moe_align_block_size_v1") == 1
+    assert "dot_general" not in text and "while" not in text
+    assert not re.search(rf"tensor<{K}x{N}x|tensor<{E}x{K}x{N}x", text)
+
+
+@pytest.mark.parametrize(("dtype", "short"), [("float16", "f16"), ("bfloat16", "bf16")])
+def test_dense_experts_take_tensor_cores_on_cuda(dtype, short, extension):
+    """16-bit operands and float32 sums, one expert after the other."""
+    text = lowered_for_cuda(dtype, dense=True)
     (product,) = re.findall(r"dot_general.*: \((.*)\) -> tensor<(.*)>", text)
     rows = rows_at_once(2048, E)
     assert product == (f"tensor<{rows}x{N}x{short}>, tensor<{K}x{N}x{short}>", f"{rows}x{K}xf32")
     assert "jax_marlin_moe_align_block_size_v1" in text
-    assert not re.search(rf"tensor<{E}x{K}x{N}x", text)
 
 
 def test_float32_products_on_cuda_when_asked_or_alone(extension):

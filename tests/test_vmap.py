@@ -9,6 +9,8 @@ import pytest
 from jaxprs import equations
 from operations import OPS, PRIMITIVES, STACKED, E, H, arguments
 
+from jax_marlin.ops import transposed_product
+
 B = 3
 PACKED = (E, 2, 2, 512)  # qweight of the stack; down's is [E, 2, 1, 512]
 
@@ -131,9 +133,7 @@ def test_of_gradients(op, batched):
     function = jax.vmap(gradient_of(op), axes)
     close(jax.jit(function)(*operands), one_by_one(gradient_of(op), singles))
     transposed = [
-        e
-        for e in equations(function, *operands)
-        if e.primitive.name == "jax_marlin_transposed_product"
+        e for e in equations(function, *operands) if e.primitive.name == transposed_product.TARGET
     ]
     assert len(transposed) == (2 if op == "moe_ffn" else 1)
 

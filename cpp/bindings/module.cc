@@ -29,6 +29,7 @@ nb::dict registrations() {
   add("jax_marlin_matmul_v1", jax_marlin_matmul_v1);
   add("jax_marlin_moe_matmul_v1", jax_marlin_moe_matmul_v1);
   add("jax_marlin_moe_ffn_v1", jax_marlin_moe_ffn_v1);
+  add("jax_marlin_transposed_product_v1", jax_marlin_transposed_product_v1);
   add("jax_marlin_moe_align_block_size_v1", jax_marlin_moe_align_block_size_v1);
   return targets;
 }
@@ -75,10 +76,11 @@ nb::dict describe(const TileChoice& choice) {
 }
 
 nb::dict choose_tile(int64_t rows, int moe_block_size, int k, int n, int bits, int sm_count,
-                     bool has_wgmma, bool gated, int64_t routes, int num_experts, bool x_by_slot) {
-  return describe(
-      select_tile({rows, moe_block_size, k, n, bits, gated, routes, num_experts, x_by_slot},
-                  {sm_count, has_wgmma}));
+                     bool has_wgmma, bool gated, int64_t routes, int num_experts, bool x_by_slot,
+                     bool transposed) {
+  return describe(select_tile(
+      {rows, moe_block_size, k, n, bits, gated, routes, num_experts, x_by_slot, transposed},
+      {sm_count, has_wgmma}));
 }
 
 // How a product at row `tile` of the table keeps x, with symmetric codes.
@@ -121,6 +123,15 @@ nb::dict choose_layer(int64_t tokens, int top_k, int num_experts, int hidden, in
   return result;
 }
 
+// By the number that select_tile calls them by.
+nb::dict transposed_table() {
+  nb::dict rows;
+  for (int tile = kFirstTransposed; tile < kNumInstances; ++tile) {
+    rows[nb::int_(tile)] = describe(tile_at(tile));
+  }
+  return rows;
+}
+
 nb::list wgmma_table() {
   nb::list rows;
   for (const WgmmaTileRow& row : kWgmmaTable) {
@@ -146,7 +157,7 @@ NB_MODULE(_jax_marlin, m) {
   m.def("select_tile", &choose_tile, nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"),
         nb::arg("n"), nb::arg("bits"), nb::arg("sm_count"), nb::arg("has_wgmma") = false,
         nb::arg("gated") = false, nb::arg("routes") = 0, nb::arg("num_experts") = 0,
-        nb::arg("x_by_slot") = false);
+        nb::arg("x_by_slot") = false, nb::arg("transposed") = false);
   m.def("select_residence", &choose_residence, nb::arg("tile"), nb::arg("rows"),
         nb::arg("moe_block_size"), nb::arg("k"), nb::arg("n"), nb::arg("group_size") = 128,
         nb::arg("bits") = 4, nb::arg("sm_count") = 132, nb::arg("has_wgmma") = true,
@@ -158,14 +169,17 @@ NB_MODULE(_jax_marlin, m) {
         "The kernels of a MoE layer.");
   m.def(
       "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
+  m.def("transposed_table", &transposed_table, "The tiles of x W^T.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",
-      [](int64_t rows, int moe_block_size, int k, int n, int bits) {
-        return max_scratch_bytes({rows, moe_block_size, k, n, bits});
+      [](int64_t rows, int moe_block_size, int k, int n, int bits, bool transposed) {
+        GemmProblem problem = {rows, moe_block_size, k, n, bits};
+        problem.transposed = transposed;
+        return max_scratch_bytes(problem);
       },
       nb::arg("rows"), nb::arg("moe_block_size"), nb::arg("k"), nb::arg("n"), nb::arg("bits"),
-      "Scratch that is enough on any GPU.");
+      nb::arg("transposed") = false, "Scratch that is enough on any GPU.");
   bind_packers(m);
 }
 

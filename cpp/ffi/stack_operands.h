@@ -1,4 +1,4 @@
-// What dense and routed products share: the leaves of an expert stack, decoded into GemmParams.
+// What all products share: the leaves of an expert stack, decoded into GemmParams.
 #pragma once
 
 #include "../kernel/tile_config.h"
@@ -17,6 +17,18 @@ struct StackOperands {
 
   // Checks the leaves against each other and against x and out.
   void check(BufferChecks& checks, const ffi::AnyBuffer& out) const {
+    check_leaves(checks);
+    if (!checks.ok()) return;
+    checks
+        .require(x.dimensions()[1] >= k && x.dimensions()[1] % 8 == 0, "x",
+                 "not at least k columns wide, and whole 16-byte vectors")
+        .require(is_result(out) && out.dimensions()[1] <= qweight.dimensions()[1] * kTile, "out",
+                 "neither of x's dtype nor float32, not of rank 2, or larger than int32 rows by "
+                 "the stack's columns");
+  }
+
+  // The leaves alone, and that x is a matrix of their dtype.
+  void check_leaves(BufferChecks& checks) const {
     const ffi::DataType dtype = x.element_type();
     checks.require(dtype == ffi::F16 || dtype == ffi::BF16, "x", "neither float16 nor bfloat16")
         .require(bits == 4 || bits == 8, "bits", std::to_string(bits) + ", expected 4 or 8")
@@ -33,14 +45,12 @@ struct StackOperands {
                  "without experts, or with more than int32 can index")
         .expect(scales, "scales", dtype, {tiles[0], tiles[1], num_groups(), kTile})
         .expect_optional(zero_points, "zero_points", dtype,
-                         {tiles[0], tiles[1], num_groups(), kTile})
-        .require(x.dimensions()[1] >= k && x.dimensions()[1] % 8 == 0, "x",
-                 "not at least k columns wide, and whole 16-byte vectors")
-        .require(out.element_type() == dtype || out.element_type() == ffi::F32, "out",
-                 "neither of x's dtype nor float32")
-        .require(out.dimensions().size() == 2 && out.dimensions()[0] <= INT32_MAX &&
-                     out.dimensions()[1] <= tiles[1] * kTile,
-                 "out", "not of rank 2, or larger than int32 rows by the stack's columns");
+                         {tiles[0], tiles[1], num_groups(), kTile});
+  }
+
+  bool is_result(const ffi::AnyBuffer& out) const {
+    return (out.element_type() == x.element_type() || out.element_type() == ffi::F32) &&
+           out.dimensions().size() == 2 && out.dimensions()[0] <= INT32_MAX;
   }
 
   // The fields that follow from the leaves; call after check.

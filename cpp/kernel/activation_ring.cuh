@@ -5,37 +5,32 @@
 // Where the stages hold all of K they are filled once: warps then meet at one barrier and no more.
 #pragma once
 
-#include "dequant.cuh"
-#include "ptx.cuh"
-#include "scheduler.cuh"
+#include <type_traits>
+
+#include "transposed_scales.cuh"
 
 namespace jax_marlin {
 
 template <class Config>
 class ActivationRing {
   using Element = typename Config::Element;
-  using Pair = typename Config::Pair;
+  using Scales =
+      std::conditional_t<Config::kTransposed, TransposedScales<Config>, StagedScales<Config>>;
   static constexpr int kVector = 8;  // 16-bit elements of one 16-byte copy
-  static constexpr int kHalves = 2 * Config::kChunk;
   // Copies of a stage: of x, thread by thread along a row; of scales, at most one a thread.
   static constexpr int kRowVectors = Config::kChunk * kTile / kVector;
   static constexpr int kRowsAtOnce = Config::kThreads / kRowVectors;
-  static constexpr int kScaleVectors = Config::kColumns / kVector;
-  static constexpr int kScaleCopies = Config::kWarpsK * kHalves * kScaleVectors;
+  static constexpr int kScaleCopies = Config::kWarpsK * kStageScaleVectors<Config>;
   static_assert(kScaleCopies <= Config::kThreads, "a thread copies one vector of scales a stage");
 
  public:
   __device__ __forceinline__ ActivationRing(const GemmParams& p, const WorkTile& tile,
                                             int tiles_per_warp, SharedStorage<Config>& storage)
-      : p_(p), tile_(tile), tiles_per_warp_(tiles_per_warp), storage_(storage) {
-    const int vector = threadIdx.x % kScaleVectors;
-    const int fragment = stack_fragment<Config>(p, tile, vector / 2);
-    const int warp_k = threadIdx.x / (kScaleVectors * kHalves) % Config::kWarpsK;
-    const int64_t column_tile =
-        static_cast<int64_t>(share(warp_k).expert) * p.stack_n_tiles + fragment / 4;
-    scale_offset_ =
-        column_tile * p.num_groups * kTile + fragment % 4 * kFragment + vector % 2 * kVector;
-  }
+      : p_(p),
+        tile_(tile),
+        tiles_per_warp_(tiles_per_warp),
+        storage_(storage),
+        scales_(p, tile, share(scale_warp() % Config::kWarpsK).expert) {}
 
   static __device__ __forceinline__ void init(SharedStorage<Config>&) {}
 
@@ -73,22 +68,9 @@ class ActivationRing {
             &storage_.stages.x[read_stage_][warp_k][row][j * kTile + half * kHalf + lane / 8 * 8]));
   }
 
-  // Scales of rows n = g and g + 8 of a warp's fragment f.
-  __device__ __forceinline__ GroupScale<Config> load_scale(int f, int slot, int half) const {
-    const int j = slot % Config::kChunk;
-    const int warp_n = threadIdx.x / 32 % Config::kWarpsN;
-    const int warp_k = threadIdx.x / 32 / Config::kWarpsN;
-    // Column 16w + 8b + g of a tile is stored at 16w + 2g + b: the two rows are neighbours.
-    const int at = kFragment * (warp_n * Config::kFragsN + f) + 2 * (threadIdx.x % 32 / 4);
-    const auto& stages = storage_.stages;
-    const Pair scales =
-        *reinterpret_cast<const Pair*>(&stages.scales[read_stage_][warp_k][2 * j + half][at]);
-    if constexpr (Config::kStoredZeroPoints) {
-      return {scales, *reinterpret_cast<const Pair*>(
-                          &stages.zero_points[read_stage_][warp_k][2 * j + half][at])};
-    } else {
-      return {scales, Config::twice(Config::from_float(Config::kSymmetricZeroPoint))};
-    }
+  // As the scales' own `load`.
+  __device__ __forceinline__ auto load_scale(int f, int slot, int half) const {
+    return Scales::load(storage_.stages, read_stage_, f, slot, half);
   }
 
   __device__ __forceinline__ void end_scale(int) {}
@@ -173,31 +155,22 @@ class ActivationRing {
     }
   }
 
-  // One vector, 8 columns, of the scales (and zero points) of one half tile.
+  // The warp of K whose scales this thread copies.
+  static __device__ __forceinline__ int scale_warp() {
+    return threadIdx.x / kStageScaleVectors<Config>;
+  }
+
   __device__ __forceinline__ void request_scales() {
-    const int vector = threadIdx.x % kScaleVectors, half = threadIdx.x / kScaleVectors % kHalves;
-    const int warp_k = threadIdx.x / (kScaleVectors * kHalves);
-    const int k_tile = first_k_tile(warp_k) + half / 2;
-    // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
-    // further from an integer than float32 rounds. The last half of K may begin a group too many.
-    const int quotient = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
-    const int group = min(quotient, p_.num_groups - 1);
-    const bool valid = k_tile < k_tile_end(warp_k);
-    const int64_t at = valid ? scale_offset_ + group * kTile : 0;
-    auto& stages = storage_.stages;
-    ptx::cp_async(&stages.scales[request_stage_][warp_k][half][vector * kVector],
-                  static_cast<const Element*>(p_.scales) + at, valid ? 16 : 0);
-    if constexpr (Config::kStoredZeroPoints) {
-      ptx::cp_async(&stages.zero_points[request_stage_][warp_k][half][vector * kVector],
-                    static_cast<const Element*>(p_.zero_points) + at, valid ? 16 : 0);
-    }
+    const int warp_k = scale_warp();
+    scales_.request(storage_.stages, request_stage_, warp_k, first_k_tile(warp_k),
+                    k_tile_end(warp_k));
   }
 
   const GemmParams& p_;
   const WorkTile& tile_;
   const int tiles_per_warp_;
   SharedStorage<Config>& storage_;
-  int64_t scale_offset_;  // in scales, of this thread's vector in the expert's first group
+  const Scales scales_;
   int request_chunk_ = 0, request_stage_ = 0;
   int read_stage_ = Config::kStages - 1;
 };

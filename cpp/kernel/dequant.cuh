@@ -47,11 +47,14 @@ struct GroupScale {
       }
     }
   }
+
+  // Of the weight in place l of a pair; here the same for both.
+  __device__ __forceinline__ float scale_of(int b, int) const { return scale32[b]; }
+  __device__ __forceinline__ float base_of(int b, int) const { return base32[b]; }
 };
 
-template <class Config>
-__device__ __forceinline__ uint32_t weight_pair(uint32_t biased, const GroupScale<Config>& group,
-                                                int b) {
+template <class Config, class Group>
+__device__ __forceinline__ uint32_t weight_pair(uint32_t biased, const Group& group, int b) {
   using Pair = typename Config::Pair;
   Pair weight = __hsub2(reinterpret_cast<const Pair&>(biased), group.base[b]);
   if constexpr (!Config::kScaleSums) weight = __hmul2(weight, group.scale[b]);
@@ -59,8 +62,8 @@ __device__ __forceinline__ uint32_t weight_pair(uint32_t biased, const GroupScal
 }
 
 // words: the thread's word (4 bit) or two words (8 bit) of one k16 step.
-template <class Config>
-__device__ __forceinline__ void dequantize(const uint32_t* words, const GroupScale<Config>& group,
+template <class Config, class Group>
+__device__ __forceinline__ void dequantize(const uint32_t* words, const Group& group,
                                            uint32_t (&a)[4]) {
   constexpr uint32_t kBiasBits = Config::kBf16 ? 0x43004300u : 0x64006400u;
 #pragma unroll
@@ -69,7 +72,7 @@ __device__ __forceinline__ void dequantize(const uint32_t* words, const GroupSca
     if constexpr (Config::kBits == 4) {
       const uint32_t biased = ptx::and_or(words[0] >> (4 * r), 0x000f000fu, kBiasBits);
       a[r] = weight_pair<Config>(biased, group, b);
-    } else if constexpr (!GroupScale<Config>::kThroughFloat) {
+    } else if constexpr (!Group::kThroughFloat) {
       // Bytes [lo.r, _, hi.r, _]; the mask clears the two that do not matter.
       const uint32_t codes = __byte_perm(words[0], words[1], r | (4 + r) << 8);
       a[r] = weight_pair<Config>(ptx::and_or(codes, 0x00ff00ffu, kBiasBits), group, b);
@@ -79,8 +82,8 @@ __device__ __forceinline__ void dequantize(const uint32_t* words, const GroupSca
       for (int l = 0; l < 2; ++l) {
         // Bytes [q, 0, 0, 0x4B]: the float 2^23 + q.
         const float biased = __uint_as_float(__byte_perm(words[l], 0x4B000000u, 0x7540 | r));
-        w[l] = biased - group.base32[b];
-        if constexpr (!Config::kScaleSums) w[l] *= group.scale32[b];
+        w[l] = biased - group.base_of(b, l);
+        if constexpr (!Config::kScaleSums) w[l] *= group.scale_of(b, l);
       }
       const __nv_bfloat162 pair = __floats2bfloat162_rn(w[0], w[1]);
       a[r] = reinterpret_cast<const uint32_t&>(pair);

@@ -7,6 +7,7 @@
 #include "multiply.cuh"
 #include "resident_activations.cuh"
 #include "route_terms.cuh"
+#include "transposed_weights.cuh"
 #include "weight_ring.cuh"
 
 namespace jax_marlin {
@@ -30,12 +31,14 @@ struct WarpOperands {
   __device__ __forceinline__ void end_scale(int halves) const { x.end_scale(halves); }
 };
 
+template <class Config>
+using Weights =
+    std::conditional_t<Config::kTransposed, TransposedWeightRing<Config>, WeightRing<Config>>;
+
 // All K tiles of one warp. by_tile: both halves of a tile have the same scale.
 template <class Config, bool by_tile>
-__device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
-                                               WeightRing<Config>& weights, int tiles,
-                                               Accumulator<Config>& acc) {
-  const WarpOperands<Config, ActivationRing<Config>> operands = {x, weights};
+__device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x, Weights<Config>& weights,
+                                               int tiles, Accumulator<Config>& acc) {
   for (int k_tile = 0; k_tile < tiles; k_tile += Config::kDepth) {
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) {
@@ -43,7 +46,12 @@ __device__ __forceinline__ void multiply_tiles(ActivationRing<Config>& x,
         if (k_tile + slot >= tiles) break;
         x.advance();
       }
-      multiply_tile<Config, by_tile>(operands, slot, acc);
+      if constexpr (Config::kTransposed) {
+        multiply_transposed<Config>(x, weights, slot, acc);
+      } else {
+        const WarpOperands<Config, ActivationRing<Config>> operands = {x, weights};
+        multiply_tile<Config, by_tile>(operands, slot, acc);
+      }
       weights.request(slot);
     }
     weights.advance();
@@ -96,7 +104,7 @@ __device__ __forceinline__ void run_gemm(const GemmParams& p) {
   const int tiles_per_warp = (part + warps - 1) / warps;
   const WarpShare share = share_of<Config>(p, tile, tiles_per_warp, warp_k, storage);
 
-  WeightRing<Config> weights(p, tile, share, warp_n);
+  Weights<Config> weights(p, tile, share, warp_n);
   X<Config> x(p, tile, tiles_per_warp, storage);
   RouteTerms<Config> terms;
   if constexpr (Config::kSumsRoutes) {

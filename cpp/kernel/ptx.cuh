@@ -55,6 +55,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
+// movmatrix.trans: the transpose of an 8x8 matrix of 16-bit values, thread 4g + c with row g's
+// columns 2c and 2c + 1. Between registers, where shared memory would cost a store and a load.
+__device__ __forceinline__ uint32_t movmatrix(uint32_t a) {
+  uint32_t d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
 // mma.m16n8k16: d[16x8] = a[16x16] b[16x8] + c[16x8] with float32 accumulation.
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1, const float (&c)[4], __half) {

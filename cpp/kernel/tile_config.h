@@ -25,6 +25,9 @@ struct TileConfig {
   // Warps of K take the routes of one token, each its own expert, instead of parts of one K: their
   // sum is the layer's.
   bool sums_routes = false;
+  // x W^T: K is what the block's columns run along, and N the sum. A warp takes fragments of one
+  // packed tile.
+  bool transposed = false;
 
   // 8-bit words need twice the registers: of a ring half as deep where routes are summed, else of a
   // multiprocessor with fewer blocks.
@@ -34,7 +37,7 @@ struct TileConfig {
   }
   // Whether all of K may stay in shared memory (resident_activations.cuh). With more rows it rarely
   // fits, and wgmma is ahead where bulk copies exist.
-  constexpr bool can_reside() const { return tile_m <= 16 && !sums_routes; }
+  constexpr bool can_reside() const { return tile_m <= 16 && !sums_routes && !transposed; }
   constexpr int warps_n() const { return fragments / frags_n; }
   constexpr int warps_k() const { return kWarps / warps_n(); }
   constexpr int columns() const { return kFragment * fragments; }

@@ -29,11 +29,8 @@ GemmKernel gemm_kernel() {
 template <class Element, int bits, ZeroPoints zero_points, int... tiles>
 GemmKernel find_gemm_kernel(int tile, std::integer_sequence<int, tiles...>) {
   GemmKernel kernel = {};
-  if (tile == kRoutesTileIndex) {
-    kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, kRoutesTile>>();
-  }
   ((tile == tiles
-        ? void(kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, kTileTable[tiles]>>())
+        ? void(kernel = gemm_kernel<KernelConfig<Element, bits, zero_points, tile_at(tiles)>>())
         : void()),
    ...);
   return kernel;
@@ -41,7 +38,7 @@ GemmKernel find_gemm_kernel(int tile, std::integer_sequence<int, tiles...>) {
 
 template <class Element, int bits>
 GemmKernel find_gemm_kernel(int tile, bool stored_zero_points) {
-  constexpr std::make_integer_sequence<int, kNumTiles> kTiles;
+  constexpr std::make_integer_sequence<int, kNumInstances> kTiles;
   return stored_zero_points ? find_gemm_kernel<Element, bits, ZeroPoints::kStored>(tile, kTiles)
                             : find_gemm_kernel<Element, bits, ZeroPoints::kSymmetric>(tile, kTiles);
 }

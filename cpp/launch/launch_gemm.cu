@@ -104,7 +104,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
         reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
   }
   const GemmKernel kernel = find_kernel(gemm);
-  const TileConfig& tile = choice.tile == kRoutesTileIndex ? kRoutesTile : kTileTable[choice.tile];
+  const TileConfig& tile = tile_at(choice.tile);
   if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
   // last. Dense: row blocks first, which share weights.

@@ -13,19 +13,21 @@
 namespace jax_marlin {
 namespace {
 
-// Table rows [first, last] with the smallest tile_m that takes all rows, else with the largest.
+// Tiles [first, last] with the smallest tile_m that takes all rows, else with the largest.
 struct TileRange {
   int first, last;
 };
 
 TileRange fitting_tiles(const GemmProblem& problem) {
   const int64_t rows = problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
-  TileRange range = {0, 0};
-  for (int tile = 1; tile < kNumTiles; ++tile) {
-    const int tile_m = kTileTable[tile].tile_m;
-    if (tile_m == kTileTable[range.last].tile_m) {
+  const int begin = problem.transposed ? kFirstTransposed : 0;
+  const int end = problem.transposed ? kNumInstances : kNumTiles;
+  TileRange range = {begin, begin};
+  for (int tile = begin + 1; tile < end; ++tile) {
+    const int tile_m = tile_at(tile).tile_m;
+    if (tile_m == tile_at(range.last).tile_m) {
       range.last = tile;
-    } else if (kTileTable[range.last].tile_m < rows) {
+    } else if (tile_at(range.last).tile_m < rows) {
       range = {tile, tile};
     }
   }
@@ -109,7 +111,7 @@ int select_width(const GemmProblem& problem, const DeviceLimits& device) {
 }  // namespace
 
 TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device) {
-  const TileConfig& config = kTileTable[tile];
+  const TileConfig& config = tile_at(tile);
   TileChoice choice;
   choice.tile = tile;
   choice.sub_blocks =
@@ -123,8 +125,11 @@ TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits&
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   const int sm_count = device.sm_count;
-  if (device.has_wgmma && prefers_wgmma(problem)) return select_wgmma_tile(problem, sm_count);
-  return tile_choice(problem, select_width(problem, device), device);
+  if (device.has_wgmma && !problem.transposed && prefers_wgmma(problem))
+    return select_wgmma_tile(problem, sm_count);
+  const int tile =
+      problem.transposed ? fitting_tiles(problem).first : select_width(problem, device);
+  return tile_choice(problem, tile, device);
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {
@@ -137,7 +142,7 @@ int64_t scratch_bytes(const TileChoice& choice) {
   if (choice.split_k == 1 || choice.in_cluster) return 0;
   const int64_t parts = choice.row_blocks * choice.n_blocks * choice.split_k;
   return arrivals_bytes(choice) +
-         parts * kTileTable[choice.tile].elements() * static_cast<int64_t>(sizeof(float));
+         parts * tile_at(choice.tile).elements() * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t max_scratch_bytes(const GemmProblem& problem) {
@@ -146,9 +151,9 @@ int64_t max_scratch_bytes(const GemmProblem& problem) {
   const TileRange range = fitting_tiles(problem);
   int64_t bytes = 0;
   for (int tile = range.first; tile <= range.last; ++tile) {
-    const int64_t n_blocks = ceil_div(problem.n, kTileTable[tile].columns());
+    const int64_t n_blocks = ceil_div(problem.n, tile_at(tile).columns());
     if (2 * n_blocks > kMaxSmCount) continue;
-    const int64_t words = int64_t{kMaxSmCount} * (kTileTable[tile].elements() + 1);
+    const int64_t words = int64_t{kMaxSmCount} * (tile_at(tile).elements() + 1);
     bytes = std::max(bytes, words * static_cast<int64_t>(sizeof(float)) + 256);
   }
   return bytes;

@@ -16,6 +16,7 @@ struct GemmProblem {
   int64_t routes = 0;  // routed by tables: what the slots hold without padding, over
   int num_experts = 0;  // this many experts
   bool x_by_slot = false;  // routed by tables: rows of x lie in the order of slots
+  bool transposed = false;  // x W^T: k is the weight's N, and n its K
 };
 
 // What of a GPU the choice depends on.
@@ -26,7 +27,7 @@ struct DeviceLimits {
 
 struct TileChoice {
   bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable
-  int tile;  // row of kTileTable
+  int tile;  // as tile_at counts them
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
   int n_blocks;
@@ -37,7 +38,7 @@ struct TileChoice {
 };
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);
-// What a row of kTileTable makes of a problem, best or not.
+// What tile_at(tile) makes of a problem, best or not.
 TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device);
 
 // Scratch layout: arrivals first, one int an output tile, then the partial sums.

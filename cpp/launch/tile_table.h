@@ -102,4 +102,43 @@ constexpr TileConfig kRoutesTile = {.tile_m = 8,
                                     .sums_routes = true};
 constexpr int kRoutesTileIndex = kNumTiles;  // in place of a row of the table
 
+// x W^T, for gradients. A warp takes a whole packed tile where rows are few, so that its loads are
+// whole runs; half of one where sums take the registers.
+constexpr TileConfig kTransposedTable[] = {
+    {.tile_m = 8,
+     .fragments = 4,
+     .frags_n = 4,
+     .depth = 2,
+     .chunk = 2,
+     .stages = 2,
+     .min_blocks = 3,
+     .transposed = true},
+    {.tile_m = 16,
+     .fragments = 4,
+     .frags_n = 4,
+     .depth = 2,
+     .chunk = 2,
+     .stages = 2,
+     .min_blocks = 2,
+     .transposed = true},
+    {.tile_m = 64,
+     .fragments = 16,
+     .frags_n = 2,
+     .depth = 2,
+     .chunk = 2,
+     .stages = 3,
+     .min_blocks = 1,
+     .transposed = true},
+};
+constexpr int kNumTransposedTiles = sizeof(kTransposedTable) / sizeof(kTransposedTable[0]);
+constexpr int kFirstTransposed = kRoutesTileIndex + 1;
+constexpr int kNumInstances = kFirstTransposed + kNumTransposedTiles;
+
+// TileChoice::tile counts them all.
+constexpr const TileConfig& tile_at(int index) {
+  return index < kNumTiles           ? kTileTable[index]
+         : index == kRoutesTileIndex ? kRoutesTile
+                                     : kTransposedTable[index - kFirstTransposed];
+}
+
 }  // namespace jax_marlin

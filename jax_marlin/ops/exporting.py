@@ -10,7 +10,13 @@ import jax.export
 
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.linear import MarlinLinear
-from jax_marlin.ops import layer_call, matmul, moe_align_block_size, moe_matmul
+from jax_marlin.ops import (
+    layer_call,
+    matmul,
+    moe_align_block_size,
+    moe_matmul,
+    transposed_product,
+)
 from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.weights import MarlinExpertStack
 
@@ -20,6 +26,7 @@ TARGETS = (
     moe_matmul.TARGET,
     moe_align_block_size.TARGET,
     layer_call.TARGET,
+    transposed_product.TARGET,
 )
 
 DISABLE_JAX_EXPORT_CHECKS = tuple(

@@ -62,8 +62,10 @@ def installed_ffi_api_version() -> tuple[int, int]:
     return int(found["MAJOR"]), int(found["MINOR"])
 
 
-def scratch_bytes(rows, moe_block_size: int, k: int, n: int, bits: int) -> int:
+def scratch_bytes(
+    rows, moe_block_size: int, k: int, n: int, bits: int, *, transposed: bool = False
+) -> int:
     """Bytes of scratch one call of a handler needs; `rows` may be a symbolic dimension."""
     # A symbolic batch has no size yet: reserve for more rows than any call can have.
     rows = rows if isinstance(rows, int) else 2**30
-    return extension().scratch_bytes(rows, moe_block_size, k, n, bits)
+    return extension().scratch_bytes(rows, moe_block_size, k, n, bits, transposed)

@@ -44,8 +44,8 @@ def matmul(
     Under `jax.vmap` a batch of x folds into the rows of one call and copies no weights; a batch
     of weights or expert indices runs one call after another.
 
-    Reverse mode gives gradients of x and of the bias, by one product with the dequantized weight,
-    transposed. What is packed is frozen: scales get zeros, integers float0.
+    Reverse mode gives gradients of x and of the bias, by one product with the transposed
+    weight. What is packed is frozen: scales get zeros, integers float0.
 
     Args:
         x: float[..., K] of the weight's dtype; any number of rows, also none.

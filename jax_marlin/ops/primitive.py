@@ -142,7 +142,7 @@ def or_empty(leaf, dtype) -> jax.Array:
 
 def has_kernel(results, x, *_, **__) -> bool:
     """Whether our GEMM kernels take the call: 16-bit x, and something to compute."""
-    return x.dtype in checks.KERNEL_DTYPES and not any(_is_zero(d) for d in results[0].shape)
+    return x.dtype in checks.KERNEL_DTYPES and not any(is_zero(d) for d in results[0].shape)
 
 
 def align_rows(x):
@@ -154,7 +154,7 @@ def align_rows(x):
     return jnp.pad(x, ((0, 0), (0, padding))) if padding else x
 
 
-def _is_zero(dim):
+def is_zero(dim):
     return isinstance(dim, int) and dim == 0  # a symbolic batch is at least 1
 
 

@@ -11,10 +11,13 @@ from jax.interpreters import xla
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.layout import TILE
-from jax_marlin.ops import checks, folding, gradient_sharding_rules
+from jax_marlin.ops import ffi_targets, folding, gradient_sharding_rules
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
 from jax_marlin.ops.partitioning import needs_devices
 from jax_marlin.ops.primitive import (
+    align_rows,
+    has_kernel,
+    is_zero,
     map_sequentially,
     or_empty,
     register_partitioned,
@@ -22,6 +25,8 @@ from jax_marlin.ops.primitive import (
     set_batching,
 )
 from jax_marlin.weights import MarlinExpertStack
+
+TARGET = "jax_marlin_transposed_product_v1"
 
 
 def transposed_product(
@@ -35,9 +40,10 @@ def transposed_product(
 ) -> jax.Array:
     """Row r is `g[r] @ W[ids[r]].T`, or zero where `ids[r]` names no expert.
 
-    Holds one dequantized expert at a time, each once for all of its rows, whatever E and R. Plain
-    JAX everywhere: float32 products by default; where our CUDA kernels run, the weight and g are
-    rounded to the compute dtype for the tensor cores, and sums are float32.
+    By default in float32, with one dequantized expert in memory at a time, each once for all of
+    its rows, whatever E and R. On CUDA a kernel multiplies by the packed weights themselves: they
+    and g are rounded to the compute dtype for the tensor cores, and sums are float32. Dense experts
+    are rounded likewise, and take the default's loop.
 
     Args:
         g: float `[R, N]`, columns as they are stored (in pairs, of a stack that is paired).
@@ -105,9 +111,34 @@ def _product(g, ids, *leaves, spec, k, first_column, out_dtype, weight_dtype):
     )  # fmt: skip
 
 
-def _on_tensor_cores(g, ids, *leaves, spec, **params):
-    weight = leaves[0] if spec is None else leaves[1]
-    return _product(g, ids, *leaves, spec=spec, weight_dtype=weight.dtype, **params)
+def _custom_call(g, ids, *leaves, spec, k, first_column, out_dtype):
+    if spec is None:
+        return _product(
+            g, ids, *leaves,
+            spec=None, k=k, first_column=0, out_dtype=out_dtype, weight_dtype=leaves[0].dtype,
+        )  # fmt: skip
+    qweight, scales, zero_points, perm = leaves
+    (num_rows, n), num_experts = g.shape, qweight.shape[0]
+    block = select_moe_block_size(num_rows, 1, num_experts)
+    routing = align_routed_rows(ids[:, None], block, num_experts)
+    scratch_bytes = ffi_targets.scratch_bytes(
+        routing[0].shape[0], block, n, k, spec.bits, transposed=True
+    )
+    results = (
+        jax.ShapeDtypeStruct((num_rows, k), out_dtype),
+        jax.ShapeDtypeStruct((scratch_bytes,), np.uint8),
+    )
+    out, _ = jax.ffi.ffi_call(TARGET, results)(
+        align_rows(g.astype(scales.dtype)), qweight, scales, zero_points, *routing,
+        jnp.zeros((0,), jnp.float32),
+        bits=np.int64(spec.bits), k=np.int64(k), n=np.int64(n),
+        group_size=np.int64(spec.group_size), first_tile=np.int64(first_column // TILE),
+        moe_block_size=np.int64(block),
+    )  # fmt: skip
+    if perm.size:  # each expert's own
+        own = jnp.argsort(perm, axis=1).at[ids].get(mode="clip")
+        out = jnp.take_along_axis(out, own, axis=1)
+    return out
 
 
 def _shape_rule(g, *operands, k, out_dtype, **_):
@@ -130,19 +161,19 @@ def _batching(operands, dims, **params):
     return out.reshape(size, num_rows, params["k"]), 0
 
 
-def _has_tensor_cores(results, g, ids, *leaves, spec, **_):
+def _has_kernel(results, g, ids, *leaves, spec, **_):
     weight = leaves[0] if spec is None else leaves[1]
-    return weight.dtype in checks.KERNEL_DTYPES
+    return has_kernel(results, weight) and not is_zero(g.shape[1])
 
 
-_primitive = Primitive("jax_marlin_transposed_product")
+_primitive = Primitive(TARGET)
 _primitive.def_impl(functools.partial(xla.apply_primitive, _primitive))
 register_partitioned(
     _primitive,
     _shape_rule,
     functools.partial(_product, weight_dtype=jnp.float32),
-    _on_tensor_cores,
-    _has_tensor_cores,
+    _custom_call,
+    _has_kernel,
     gradient_sharding_rules.transposed_product(_primitive.bind),
 )
 set_batching(_primitive, _batching)

@@ -50,6 +50,9 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
         "moe_matmul": routed,
         "matmul": lambda x, w, ids, counts: jm.matmul(x, gate_up[2], implementation="cuda"),
         "ragged_dot": lambda x, w, ids, counts: jm.ragged_dot(x, gate_up, counts),
+        "gradient of ragged_dot": lambda x, w, ids, counts: jax.grad(
+            lambda x: jm.ragged_dot(x, gate_up, counts).astype(jnp.float32).sum()
+        )(x),
     }
     for name, operation in operations.items():
         for rows in ROWS:
