@@ -8,8 +8,11 @@ _jax_marlin = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
 
 SM_COUNTS = (1, 40, 58, 108, 114, 132, 142, 148, 188)  # from small boards to the largest parts
 ROWS = (1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500, 4097, 2**20)
-SHAPES = ((32, 64), (96, 72), (768, 2048), (2048, 1536), (4096, 4096), (14336, 4096), (8192, 28672))
-BLOCK_SIZES = (0, 1, 8, 12, 16, 32, 48, 64, 128)
+SHAPES = (
+    (32, 64), (96, 72), (768, 2048), (2048, 1536), (4096, 1024), (4096, 4096), (14336, 4096),
+    (8192, 28672),
+)  # fmt: skip
+BLOCK_SIZES = (0, 1, 4, 8, 12, 16, 32, 48, 64, 128)
 
 
 def problems():
@@ -18,12 +21,14 @@ def problems():
             yield rows, block, k, n, bits
 
 
-def test_choice_covers_the_problem_and_stays_in_scratch():
-    table = _jax_marlin.tile_table()
+@pytest.mark.parametrize("has_wgmma", [False, True], ids=["sm_80", "sm_90"])
+def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
+    tables = {False: _jax_marlin.tile_table(), True: _jax_marlin.wgmma_table()}
+    kernels, splits = set(), set()
     for problem, sm_count in itertools.product(problems(), SM_COUNTS):
         rows, block, k, n, bits = problem
-        choice = _jax_marlin.select_tile(rows, block, k, n, bits, sm_count)
-        tile = table[choice["tile"]]
+        choice = _jax_marlin.select_tile(rows, block, k, n, bits, sm_count, has_wgmma)
+        tile = tables[choice["wgmma"]][choice["tile"]]
         assert (
             choice["n_blocks"] * tile["columns"] >= n > (choice["n_blocks"] - 1) * tile["columns"]
         )
@@ -34,8 +39,15 @@ def test_choice_covers_the_problem_and_stays_in_scratch():
             assert choice["row_blocks"] == -(-rows // tile["tile_m"])
         assert 1 <= choice["split_k"] <= 8
         # Every part of K must hold at least one packed tile for each warp of K.
-        assert choice["split_k"] == 1 or -(-k // 64) >= choice["split_k"] * tile["warps_k"]
+        warps_k = tile["stage_tiles"] if choice["wgmma"] else tile["warps_k"]
+        assert choice["split_k"] == 1 or -(-k // 64) >= choice["split_k"] * warps_k
+        assert choice["in_cluster"] == (has_wgmma and choice["split_k"] > 1)
         assert choice["scratch_bytes"] <= _jax_marlin.scratch_bytes(*problem), (problem, choice)
+        assert not has_wgmma or choice["scratch_bytes"] == 0  # parts of K meet in clusters
+        kernels.add(choice["wgmma"])
+        splits.add(choice["split_k"])
+    assert kernels == {False, has_wgmma}
+    assert splits == ({1, 2, 4, 8} if has_wgmma else set(range(1, 9)))
 
 
 def test_every_tile_is_reachable():
