@@ -1,4 +1,4 @@
-"""Native checks on a GPU, built with nvcc: the layout feeds wgmma, and two streams do not meet."""
+"""Native checks on a GPU, built with nvcc: layout, streams that do not meet, parts of K that do."""
 
 import shutil
 import subprocess
@@ -43,3 +43,13 @@ def test_packed_tile_is_the_register_operand_of_wgmma(tmp_path):
 def test_two_streams_at_once(tmp_path):
     output = build_and_run(tmp_path, compute_capability(), SOURCES / "two_streams.cu", *KERNELS)
     assert output.endswith("0 of 1000 wrong\n")
+
+
+def test_parts_of_k_have_the_same_bits_in_clusters_and_in_scratch(tmp_path):
+    """At every tile of the table, dense and routed; 8 parts of 33 packed tiles leave one empty."""
+    if compute_capability() != "90":
+        pytest.skip("clusters and the code for them are sm_90's")
+    sources = [file for file in KERNELS if file.parent.name != "wgmma" or file.suffix == ".cc"]
+    output = build_and_run(tmp_path, "90a", SOURCES / "parts_of_k.cu", *sources)
+    assert output.endswith("0 of 20 wrong\n")
+    assert output.count(" 8 parts\n") > output.count(" 2 parts\n") > 0
