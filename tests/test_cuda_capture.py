@@ -5,7 +5,19 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from thunks import (
+    AFTER_PASSES,
+    OPTIMIZED,
+    all_captured,
+    calls_of,
+    dump_options,
+    loose_calls,
+    texts,
+    written,
+)
 
 # op -> the target of its calls
 TARGETS = {
@@ -18,24 +30,6 @@ TARGETS = {
 CALLS = (6, 12)  # more than XLA's smallest command buffer has
 
 
-def loose_calls(thunks: str) -> list[str]:
-    """The lines of custom calls that stand beside, not below, a command buffer.
-
-    A thunk's line is indented below the thunk that runs it: `000: kCommandBuffer`, and on the next
-    lines `  000: kCustomCall`.
-    """
-    loose, command_buffer = [], None  # the indentation of the command buffer that we are in
-    for line in filter(str.strip, thunks.splitlines()):
-        indentation = len(line) - len(line.lstrip())
-        if command_buffer is not None and indentation <= command_buffer:
-            command_buffer = None
-        if command_buffer is None and "kCommandBuffer" in line:
-            command_buffer = indentation
-        elif command_buffer is None and "kCustomCall" in line:
-            loose.append(line)
-    return loose
-
-
 def test_loose_calls_are_told_from_captured_ones():
     captured = "000: kCommandBuffer\t\n  000: kKernel\tx\n  001: kCustomCall\ty\n\n001: kCopy\t\n"
     assert loose_calls(captured) == []
@@ -44,6 +38,9 @@ def test_loose_calls_are_told_from_captured_ones():
     assert loose_calls(below) == []
     assert loose_calls(below + "    001: kCustomCall\n") == ["    001: kCustomCall"]
     assert loose_calls("000: kCustomCall\ty") == ["000: kCustomCall\ty"]
+    assert all_captured(captured) and all_captured(below)
+    assert not all_captured(captured + "002: kCustomCall\tz\n")
+    assert not all_captured("000: kKernel\tx\n")
 
 
 def run_benchmark(folder, module: str, *options: str) -> str:
@@ -68,22 +65,22 @@ def compile_chains(folder, *options: str) -> None:
     assert all(re.search(rf"^{op} +-?\d+\.\d\d$", printed, re.MULTILINE) for op in TARGETS)
 
 
-def texts(folder, op: str, ending: str) -> list[str]:
-    """What XLA wrote about the programs of one op, e.g. `module_0007.jit_chain_matmul.ENDING`."""
-    return [file.read_text() for file in sorted(folder.glob(f"*.jit_chain_{op}.*{ending}"))]
-
-
-def written(folder, op: str) -> str:
-    """For a failure: the names of an op's files, and the beginning of its thunks."""
-    names = [file.name for file in sorted(folder.glob(f"*.jit_chain_{op}.*.txt"))]
-    thunks = "\n----\n".join(texts(folder, op, "thunk*.txt"))
-    return f"{op}: XLA wrote {names}\n{thunks[:3000]}"
-
-
 def test_programs_are_written_where_they_are_looked_for(tmp_path):
     compile_chains(tmp_path)
     for op in TARGETS:
-        assert len(texts(tmp_path, op, "after_optimizations.txt")) == len(CALLS)
+        assert len(texts(tmp_path, f"chain_{op}", OPTIMIZED)) == len(CALLS)
+
+
+def test_one_function_alone_is_written_where_its_options_say(tmp_path):
+    def doubled(x):
+        return x + x
+
+    for folder in (None, tmp_path):
+        options = None if folder is None else dump_options(folder)
+        assert jax.jit(doubled, compiler_options=options)(jnp.ones(3)).sum() == 6
+    assert jax.jit(lambda x: x * 3)(jnp.ones(3)).sum() == 9
+    assert len(texts(tmp_path, "doubled", OPTIMIZED)) == 1
+    assert len(list(tmp_path.glob(f"*{OPTIMIZED}"))) == 1
 
 
 @pytest.mark.cuda
@@ -91,14 +88,12 @@ def test_calls_run_inside_command_buffers(tmp_path):
     compile_chains(tmp_path, "--command-buffers")
     failures = []
     for op, target in TARGETS.items():
-        programs = texts(tmp_path, op, "after_optimizations.txt")
-        counts = sorted(text.count(f'custom_call_target="{target}"') for text in programs)
-        after = texts(tmp_path, op, "thunk_sequence_after_thunk_passes.txt")
-        captured = len(after) == len(CALLS) and all(
-            "kCommandBuffer" in text and not loose_calls(text) for text in after
-        )
+        programs = texts(tmp_path, f"chain_{op}", OPTIMIZED)
+        counts = sorted(calls_of(target, text) for text in programs)
+        after = texts(tmp_path, f"chain_{op}", AFTER_PASSES)
+        captured = len(after) == len(CALLS) and all(map(all_captured, after))
         if counts != list(CALLS) or not captured:
-            failures.append(f"{target} {counts} times, {written(tmp_path, op)}")
+            failures.append(f"{target} {counts} times, {written(tmp_path, f'chain_{op}')}")
     assert not failures, "\n====\n".join(failures)
 
 
@@ -107,19 +102,18 @@ def test_times_are_those_of_calls_inside_command_buffers(tmp_path):
     options = ["--shapes", "tiny.dense", "--rows", "1", "--calls", "8", "--no-baseline"]
     options += ["--no-peers", "--bandwidth", "3000", "--tflops", "800"]
     run_benchmark(tmp_path, "jax_marlin.bench", *options)
-    (text,) = [f.read_text() for f in tmp_path.glob("*.jit_program.*after_optimizations.txt")]
-    assert text.count(f'custom_call_target="{TARGETS["matmul"]}"') == 8
+    (text,) = texts(tmp_path, "program", OPTIMIZED)
+    assert calls_of(TARGETS["matmul"], text) == 8
     assert "known_trip_count" in text and not re.search(r"= u32\[\d.*\]\S* copy\(", text)
-    (after,) = tmp_path.glob("*.jit_program.*thunk_sequence_after_thunk_passes.txt")
-    thunks = after.read_text()
-    assert "kWhile" in thunks and "kCommandBuffer" in thunks and not loose_calls(thunks), thunks
+    (thunks,) = texts(tmp_path, "program", AFTER_PASSES)
+    assert "kWhile" in thunks and all_captured(thunks), thunks
 
 
 @pytest.mark.cuda
 def test_overhead_is_measured_outside_command_buffers(tmp_path):
     compile_chains(tmp_path)
     for op in TARGETS:
-        thunks = texts(tmp_path, op, "thunk*.txt")
+        thunks = texts(tmp_path, f"chain_{op}", "thunk*.txt")
         assert thunks and not any("kCommandBuffer" in text for text in thunks), written(
-            tmp_path, op
+            tmp_path, f"chain_{op}"
         )

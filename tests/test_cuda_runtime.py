@@ -12,7 +12,8 @@ import numpy as np
 import oracle
 import problems
 import pytest
-from layers import bits, build_layer, inputs, run_layers
+from layers import LAYERS, bits, build_layer, inputs, run_layers
+from thunks import AFTER_PASSES, OPTIMIZED, all_captured, calls_of, dump_options, texts, written
 
 import jax_marlin as jm
 from jax_marlin.weights import MarlinExpertStack
@@ -22,13 +23,23 @@ pytestmark = pytest.mark.cuda
 REPLAYS = 1000
 
 
+def assert_captured(folder, program: str) -> None:
+    """The one program that was compiled makes all its calls from command buffers."""
+    (optimized,) = texts(folder, program, OPTIMIZED)
+    calls = {"jax_marlin_moe_ffn_v1": LAYERS, "jax_marlin_matmul_v1": 1}
+    assert {target: calls_of(target, optimized) for target in calls} == calls
+    after = texts(folder, program, AFTER_PASSES)
+    assert len(after) == 1 and all_captured(after[0]), written(folder, program)
+
+
 @pytest.mark.parametrize("rows", [1, 21])
 @pytest.mark.parametrize("g_idx", ["none", "per_expert"])
-def test_replays_with_changing_routing(rows, g_idx):
+def test_replays_with_changing_routing(rows, g_idx, tmp_path):
     layer = build_layer(zeros="v1", g_idx=g_idx)
-    function = jax.jit(run_layers)
+    function = jax.jit(run_layers, compiler_options=dump_options(tmp_path))
     xs = inputs(5, rows)
     first = [function(x, layer) for x in xs]
+    assert_captured(tmp_path, run_layers.__name__)
     same = jax.jit(lambda a, b: jnp.all(a == b))
     wrong = [
         replay
