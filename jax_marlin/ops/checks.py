@@ -80,12 +80,10 @@ def check_leaves(stack, where: str, own_bias=None) -> None:
 def _check_shard(stack, bias, where: str) -> None:
     """Refuses leaves that were not cut together, and a bias that `psum` would add many times."""
     spec = stack.held_spec
-    expected = (*stack.qweight.shape[:2], spec.num_groups, 64)
-    if stack.scales.shape != expected:
-        raise ValueError(
-            f"{where}: the stack's scales have shape {stack.scales.shape}, expected {expected} "
-            f"beside qweight {stack.qweight.shape}; cut weights by jax_marlin.partition_specs"
-        )
+    experts, n_tiles = stack.qweight.shape[:2]
+    of_groups = (experts, n_tiles, spec.num_groups, 64)
+    _check_leaf(stack, "scales", of_groups, where)
+    _check_leaf(stack, "zero_points", of_groups, where)
     if stack.spec.k_parts * spec.k % stack.spec.k:
         raise ValueError(
             f"{where}: the stack's leaves hold {spec.k} of {stack.spec.k} rows, no equal part of "
@@ -96,6 +94,8 @@ def _check_shard(stack, bias, where: str) -> None:
             f"{where}: a shard of {spec.k} of {stack.spec.k} rows in act-order needs the whole x; "
             "cut experts or columns instead, or use fold_act_order"
         )
+    _check_leaf(stack, "perm", (experts, spec.k), where)
+    _check_leaf(stack, "bias", (experts, spec.n), where)
     if bias is not None and spec.k != stack.spec.k:
         along = jax.typeof(stack.qweight).manual_axis_type.varying
         if not along or not along <= jax.typeof(bias).manual_axis_type.varying:
@@ -104,6 +104,18 @@ def _check_shard(stack, bias, where: str) -> None:
                 "over devices would add once for each; use jax_marlin.bias_on_first(w, axis), or "
                 "moe_ffn(..., tensor_axis=axis)"
             )
+
+
+def _check_leaf(stack, name: str, expected: tuple[int, ...], where: str) -> None:
+    """Refuses a leaf of another shape than the packed codes ask for; None is absent."""
+    leaf = getattr(stack, name)
+    if leaf is not None and leaf.shape != expected:
+        have = "has" if name in ("perm", "bias") else "have"
+        raise ValueError(
+            f"{where}: the stack's {name} {have} shape {leaf.shape}, expected {expected} "
+            f"beside qweight {stack.qweight.shape}; cut weights by jax_marlin.partition_specs, and "
+            "replace a leaf by one of its own shape"
+        )
 
 
 def check_implementation(implementation: str | None, dtype, where: str) -> None:

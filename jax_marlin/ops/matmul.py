@@ -71,6 +71,11 @@ def matmul(
     """
     stack, expert, own_bias, first_tile, n = _view(w)
     checks.check_leaves(stack, "matmul", own_bias)
+    if own_bias is not None and own_bias.shape != (n,):
+        raise ValueError(
+            f"matmul: w's own bias has shape {own_bias.shape}, expected {(n,)}, one for each of "
+            "its columns; use None for the stack's, or w[:, a:b], which cuts both"
+        )
     spec = stack.held_spec
     x = checks.check_x(x, spec.k, stack.dtype, "matmul")
     checks.check_implementation(implementation, x.dtype, "matmul")
