@@ -87,16 +87,18 @@ void route(GemmParams& p, int block) {
 
 // Out, and all of scratch, are NaN before.
 std::vector<float> multiply(GemmLaunch gemm, const TileChoice& choice) {
+  static cudaStream_t stream = nullptr;
+  if (stream == nullptr) cudaStreamCreate(&stream);
   gemm.choice = choice;
   std::vector<float> out(gemm.params.out_rows * kN);
   const size_t out_bytes = out.size() * sizeof(float), bytes = scratch_bytes(choice);
   cudaMalloc(&gemm.scratch, bytes + 1);
-  cudaMemset(gemm.scratch, 0xff, bytes + 1);
-  cudaMemset(gemm.params.out, 0xff, out_bytes);
+  cudaMemsetAsync(gemm.scratch, 0xff, bytes + 1, stream);
+  cudaMemsetAsync(gemm.params.out, 0xff, out_bytes, stream);
   // Rows that no slot names are the caller's to zero.
   const bool routed = gemm.params.sorted_token_ids != nullptr;
-  cudaError_t status = launch_cleared_gemm(gemm, routed ? out_bytes : 0, nullptr);
-  if (status == cudaSuccess) status = cudaDeviceSynchronize();
+  cudaError_t status = launch_cleared_gemm(gemm, routed ? out_bytes : 0, stream);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
   if (status != cudaSuccess) std::printf("%s\n", cudaGetErrorString(status));
   cudaMemcpy(out.data(), gemm.params.out, out_bytes, cudaMemcpyDeviceToHost);
   cudaFree(gemm.scratch);
