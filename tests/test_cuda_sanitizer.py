@@ -12,16 +12,17 @@ import pytest
 pytestmark = pytest.mark.cuda
 
 FAMILIES = list(itertools.product(("float16", "bfloat16"), ("4", "8"), ("symmetric", "asymmetric")))
-# It speaks with its program through a port, of ten from the first that it may take: runs side by
-# side that share them wait for each other without end. Below those that Linux gives to anybody.
+# It speaks with its program through a port, of ten from the first that it may take, and keeps files
+# where temporary ones go: runs side by side that share either can wait for each other without end.
+# Below those ports that Linux gives to anybody.
 WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORT = 20000 + 10 * WORKER
+PORT = 20000 + 100 * WORKER
 SCRIPT = Path(__file__).resolve().parent / "cuda" / "every_op.py"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids="-".join)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
-def test_every_op(tool, family):
+def test_every_op(tool, family, tmp_path):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the PATH")
@@ -29,6 +30,7 @@ def test_every_op(tool, family):
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TMPDIR": str(tmp_path),
         # The package that this test sees, and whatever else was on the path.
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
