@@ -9,13 +9,12 @@ from layers import bits as bits_of
 from problems import Problem, build
 from test_cuda_runtime import fill_free_memory_with_nan
 
-from jax_marlin.ops.moe_align_block_size import select_moe_block_size
-from jax_marlin.ops.transposed_product import transposed_product
+from jax_marlin.ops.transposed_product import kernel_block_size, transposed_product
 
 pytestmark = pytest.mark.cuda
 
 FLOAT32 = np.dtype(np.float32)
-BLOCKS = {1: 8, 12: 16, 20: 32, 50: 64, 100: 128}  # slots, by rows an expert
+BLOCKS = {1: 8, 12: 16, 20: 32, 50: 64, 100: 64}  # slots, by rows an expert
 
 
 def rows_of(case, per_expert: int, dtype: str, seed: int = 0):
@@ -53,7 +52,7 @@ def test_every_format_and_tile_in_poisoned_memory(dtype, bits, zeros, per_expert
     )  # fmt: skip
     case = build(problem)
     g, ids = rows_of(case, per_expert, dtype)
-    assert select_moe_block_size(len(ids), 1, 4) == BLOCKS[per_expert]
+    assert kernel_block_size(len(ids), 4) == BLOCKS[per_expert]
     product = jax.jit(lambda g, ids, w: transposed_product(g, ids, w, out_dtype=FLOAT32))
     operands = jnp.asarray(g), jnp.asarray(ids), case.stack()
     first = np.asarray(product(*operands))
@@ -80,15 +79,16 @@ def test_groups_of(group_size, per_expert):
 @pytest.mark.parametrize("rows", [1, 9, 33, 130])
 @pytest.mark.parametrize(("n", "k"), [(4096, 128), (11008, 320), (1088, 4160)])
 def test_long_sums_in_parts(n, k, rows):
-    """Blocks share a long sum: in a cluster or in scratch, and the last part may be empty."""
+    """Blocks share a long sum, in a cluster where there are any; the last part may be empty."""
     problem = Problem("transposed_long", k=k, n=n, group_size=64, num_experts=1, dtype="bfloat16")
     case = build(problem)
     g = np.random.default_rng(3).standard_normal((rows, n)).astype("bfloat16")
     ids = np.zeros(rows, np.int32)
     operands = jnp.asarray(g), jnp.asarray(ids), case.stack()
     fill_free_memory_with_nan()
-    out = transposed_product(*operands, out_dtype=np.dtype("bfloat16"))
-    check(out, g, ids, case.weights, "bfloat16")
+    for one_expert in (False, True):
+        out = transposed_product(*operands, out_dtype=np.dtype("bfloat16"), one_expert=one_expert)
+        check(out, g, ids, case.weights, "bfloat16")
 
 
 @pytest.mark.parametrize("g_idx", ["shared", "per_expert"])

@@ -30,5 +30,6 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
 
 
 def test_few_rows_split_a_long_sum_to_fill_the_gpu():
-    choice = _jax_marlin.select_tile(8, 8, 4096, 4096, 4, 132, True, transposed=True)
-    assert choice["n_blocks"] * choice["split_k"] == 128
+    for rows, block in ((8, 8), (16, 16), (32, 32), (64, 64)):
+        choice = _jax_marlin.select_tile(rows, block, 4096, 4096, 4, 132, True, transposed=True)
+        assert choice["row_blocks"] * choice["n_blocks"] * choice["split_k"] == 128

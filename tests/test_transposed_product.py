@@ -15,7 +15,11 @@ from test_memory import ALLOWED, ONE_EXPERT, TOP_K, E, K, N, stack, temp_bytes
 import jax_marlin as jm
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import ffi_targets
-from jax_marlin.ops.transposed_product import rows_at_once, transposed_product
+from jax_marlin.ops.transposed_product import (
+    kernel_block_size,
+    rows_at_once,
+    transposed_product,
+)
 
 FLOAT32 = np.dtype(np.float32)
 
@@ -45,6 +49,14 @@ def test_rows_at_once():
     assert [rows_at_once(m, 8) for m in (0, 8, 100, 512, 4096, 16384, 10**6)] == [
         8, 8, 16, 128, 256, 512, 512
     ]  # fmt: skip
+
+
+def test_blocks_of_the_kernel():
+    """Experts share rows unevenly, and one alone has what it has; tiles end at 64."""
+    assert [kernel_block_size(m, 1) for m in (1, 8, 9, 32, 33, 64, 4096)] == [
+        8, 8, 16, 32, 64, 64, 64
+    ]  # fmt: skip
+    assert [kernel_block_size(m, 8) for m in (8, 100, 4096)] == [4, 16, 64]
 
 
 def gradient_bytes(function, tokens, dtype, *arguments) -> int:

@@ -41,8 +41,9 @@ ffi::Error transposed_product(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuf
   params.first_tile = static_cast<int>(first_tile);
   routing.fill(params);
 
-  GemmProblem problem = {params.slots, params.moe_block_size, params.k, params.n,
-                         static_cast<int>(bits)};
+  // Used slots are whole blocks: a last one that is not is never used.
+  const int slots = params.slots / params.moe_block_size * params.moe_block_size;
+  GemmProblem problem = {slots, params.moe_block_size, params.k, params.n, static_cast<int>(bits)};
   problem.transposed = true;
   GemmLaunch gemm = {params, {}, stack.element(), problem.bits, scratch->untyped_data()};
   cudaError_t status = plan_gemm(gemm, problem);

@@ -14,7 +14,9 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes.
+// Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes. For x W^T, k and
+// k_tiles are those of the sum, which runs along the weight's N, n is its K, first_tile a tile of
+// N.
 struct GemmParams {
   // Operands. Pointers that a problem does not have are null.
   const void* x;               // [x_rows, x_stride], columns past k are never read as numbers

@@ -40,7 +40,7 @@ class TransposedWeightRing {
         static_cast<int64_t>(share.expert) * p.stack_n_tiles + p.first_tile + share.begin;
     source_ = p.qweight + (n_tile * k_tiles + k_tile) * Config::kWordsPerTile +
               (threadIdx.x % 32 * kRuns + first % kRuns) * Config::kStepWords;
-    stride_ = k_tiles * Config::kWordsPerTile;
+    stride_ = int64_t{k_tiles} * Config::kWordsPerTile;
   }
 
   // As those of WeightRing.
@@ -50,8 +50,7 @@ class TransposedWeightRing {
     for (int run = 0; run < kRuns; ++run) {
 #pragma unroll
       for (int i = 0; i < kWords; i += kWide) {
-        const auto* from =
-            source_ + int64_t{slot} * stride_ + run * 32 * kRuns * Config::kStepWords + i;
+        const auto* from = source_ + slot * stride_ + run * 32 * kRuns * Config::kStepWords + i;
         reinterpret_cast<Vector&>(ring_[slot][run][i]) =
             __ldg(reinterpret_cast<const Vector*>(from));
       }
@@ -64,7 +63,7 @@ class TransposedWeightRing {
   }
   __device__ __forceinline__ void advance() {
     remaining_ -= Config::kDepth;
-    source_ += int64_t{Config::kDepth} * stride_;
+    source_ += Config::kDepth * stride_;
   }
 
   // The codes of fragment f in run `run`, transposed, as words of the packed layout.
@@ -85,7 +84,7 @@ class TransposedWeightRing {
  private:
   alignas(16) uint32_t ring_[Config::kDepth][kRuns][kWords] = {};
   const uint32_t* source_;
-  int stride_;  // words from one packed tile to the next along N
+  int64_t stride_;  // words from one packed tile to the next along N
   int remaining_;  // packed tiles of this warp from source_ on
 };
 

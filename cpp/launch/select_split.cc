@@ -52,8 +52,8 @@ int select_split(const GemmProblem& problem, const TileChoice& choice, const Dev
   const int64_t blocks = std::max<int64_t>(choice.row_blocks * choice.n_blocks, 1);
   if (problem.gated) return 1;
   if (2 * blocks <= device.sm_count) return split_to_fill(problem, tile, blocks, device);
-  if (problem.transposed || !device.has_wgmma)
-    return 1;  // only in clusters is a part worth less than that
+  if (problem.transposed) return 1;
+  if (!device.has_wgmma) return 1;  // only in clusters is a part worth less than that
   if (choice.tile == 0) return split_narrowest(problem, blocks, device.sm_count);
   return split_to_reside(problem, tile, device);
 }

@@ -129,7 +129,8 @@ def _backward(static, weights, g):
     expert = jnp.clip(expert, 0, stack.num_experts - 1)
     d_x = transposed_product(
         g, jnp.broadcast_to(expert, g.shape[:1]), stack,
-        out_dtype=stack.dtype, first_column=static.first, implementation=static.implementation,
+        out_dtype=stack.dtype, first_column=static.first, one_expert=True,
+        implementation=static.implementation,
     )  # fmt: skip
     total = jnp.sum(g, axis=0, dtype=jnp.float32).astype(stack.dtype)
     d_stack = frozen(stack)

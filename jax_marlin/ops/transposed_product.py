@@ -36,6 +36,7 @@ def transposed_product(
     *,
     out_dtype: np.dtype,
     first_column: int = 0,
+    one_expert: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """Row r is `g[r] @ W[ids[r]].T`, or zero where `ids[r]` names no expert.
@@ -51,6 +52,7 @@ def transposed_product(
         stack: E experts `[K, N]`.
         out_dtype: of the result.
         first_column: static, of a packed stack: its column that g's first one is; on a tile.
+        one_expert: static; all ids are the same, which says how many rows an expert has.
         implementation: "xla" asks for float32 products on CUDA too.
 
     Returns:
@@ -67,7 +69,7 @@ def transposed_product(
         leaves = (stack.qweight, stack.scales, zero_points, perm)
     out = _primitive.bind(
         g, ids, *leaves,
-        spec=spec, k=stack.k, first_column=first_column,
+        spec=spec, k=stack.k, first_column=first_column, one_expert=one_expert,
         out_dtype=np.dtype(out_dtype), implementation=implementation, devices=needs_devices(),
     )  # fmt: skip
     return out if order is None else out[:, jnp.argsort(order)]
@@ -81,7 +83,19 @@ def rows_at_once(num_rows, num_experts: int) -> int:
     return size
 
 
-def _product(g, ids, *leaves, spec, k, first_column, out_dtype, weight_dtype):
+def kernel_block_size(num_rows, num_experts: int) -> int:
+    """Slots of a block of the kernel, which has tiles of up to 64 rows.
+
+    Where experts have about as many rows as others, as `select_moe_block_size`; of one alone, which
+    cannot have more than expected, what takes all of its rows.
+    """
+    if num_experts > 1 or not isinstance(num_rows, int):
+        return min(select_moe_block_size(num_rows, 1, num_experts), 64)
+    return next((size for size in (8, 16, 32) if num_rows <= size), 64)
+
+
+def _product(g, ids, *leaves, spec, k, first_column, one_expert, out_dtype, weight_dtype):
+    del one_expert  # a block of the loop costs more than its padding
     num_experts, n = leaves[0].shape[0], g.shape[1]
     perm = jnp.zeros((0,), jnp.int32) if spec is None else leaves[3]
 
@@ -111,15 +125,16 @@ def _product(g, ids, *leaves, spec, k, first_column, out_dtype, weight_dtype):
     )  # fmt: skip
 
 
-def _custom_call(g, ids, *leaves, spec, k, first_column, out_dtype):
+def _custom_call(g, ids, *leaves, spec, k, first_column, one_expert, out_dtype):
     if spec is None:
         return _product(
             g, ids, *leaves,
-            spec=None, k=k, first_column=0, out_dtype=out_dtype, weight_dtype=leaves[0].dtype,
+            spec=None, k=k, first_column=0, one_expert=one_expert, out_dtype=out_dtype,
+            weight_dtype=leaves[0].dtype,
         )  # fmt: skip
     qweight, scales, zero_points, perm = leaves
     (num_rows, n), num_experts = g.shape, qweight.shape[0]
-    block = select_moe_block_size(num_rows, 1, num_experts)
+    block = kernel_block_size(num_rows, 1 if one_expert else num_experts)
     routing = align_routed_rows(ids[:, None], block, num_experts)
     scratch_bytes = ffi_targets.scratch_bytes(
         routing[0].shape[0], block, n, k, spec.bits, transposed=True
@@ -137,7 +152,7 @@ def _custom_call(g, ids, *leaves, spec, k, first_column, out_dtype):
     )  # fmt: skip
     if perm.size:  # each expert's own
         own = jnp.argsort(perm, axis=1).at[ids].get(mode="clip")
-        out = jnp.take_along_axis(out, own, axis=1)
+        out = jnp.take_along_axis(out, own, axis=1, mode="promise_in_bounds")
     return out
 
 
