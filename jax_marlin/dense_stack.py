@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_marlin.layout import unpair_columns
+from jax_marlin.explicit_mesh import unpair_on_mesh
 from jax_marlin.linear import compute_dtype, leaf_bytes
 
 
@@ -101,7 +101,7 @@ class DenseExpertStack:
         Args:
             dtype: of the result; None means the compute dtype.
         """
-        weight = unpair_columns(self.weight, self.pairs)
+        weight = unpair_on_mesh(self.weight, self.pairs)
         return weight if dtype is None else weight.astype(jnp.dtype(dtype))
 
     def astype(self, dtype: DTypeLike) -> DenseExpertStack:

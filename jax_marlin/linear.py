@@ -6,15 +6,14 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jax_marlin.explicit_mesh import unpack_on_mesh
 from jax_marlin.layout import TILE, unpair_columns
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class MarlinLinear:
             dtype[K, n], K in the original order; no bias.
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        return unpack_on_mesh(_dequantize, self, dtype)
+        return unpack_on_mesh(_dequantize, self, self.stack.qweight, dtype)
 
     def astype(self, dtype: DTypeLike) -> MarlinLinear:
         """The same codes with scales, zero points and bias in another compute dtype.
@@ -182,36 +181,6 @@ def expert_index(index: Any, num_experts: int, where: str) -> jax.Array:
     if not -num_experts <= position < num_experts:
         raise IndexError(f"{where}: index {position} is out of range for {num_experts} experts")
     return jnp.int32(position % num_experts)
-
-
-def unpack_on_mesh(unpack: Callable, weight: Any, dtype: np.dtype) -> jax.Array:
-    """`unpack(weight, dtype)`, whose explicit mesh axes are left to the compiler.
-
-    Axes of the result are cut as those of the packed tiles are, where they divide so.
-    """
-    stack = weight.stack if isinstance(weight, MarlinLinear) else weight
-    packed = jax.typeof(stack.qweight).sharding
-    mesh = packed.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-    if not explicit:
-        return unpack(weight, dtype)
-    *lead, n, k, _ = packed.spec
-    cut = (*lead, k, n)[-weight.ndim :]
-    names = [axis if isinstance(axis, tuple) else (axis,) if axis else () for axis in cut]
-    parts = [math.prod(mesh.shape[name] for name in own) for own in names]
-    fits = [
-        axis if size % part == 0 else None
-        for axis, size, part in zip(cut, weight.shape, parts, strict=True)
-    ]
-    sharding = NamedSharding(mesh, PartitionSpec(*fits))
-    return _unpack_cut(weight, unpack, dtype, explicit, sharding)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _unpack_cut(weight, unpack, dtype, axes, sharding):
-    own = functools.partial(unpack, dtype=dtype)
-    return jax.sharding.auto_axes(own, axes=axes, out_sharding=sharding)(weight)
 
 
 def compute_dtype(dtype: DTypeLike, where: str) -> np.dtype:

@@ -12,13 +12,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_marlin.explicit_mesh import unpack_on_mesh
 from jax_marlin.linear import (
     MarlinLinear,
     compute_dtype,
     describe,
     expert_index,
     leaf_bytes,
-    unpack_on_mesh,
 )
 from jax_marlin.quant_spec import QuantSpec
 
@@ -186,7 +186,7 @@ class MarlinExpertStack:
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         if self.is_single:
             return self.as_linear().dequantize(dtype)
-        return unpack_on_mesh(_dequantize, self, dtype)
+        return unpack_on_mesh(_dequantize, self, self.qweight, dtype)
 
     def astype(self, dtype: DTypeLike) -> MarlinExpertStack:
         """The same codes with scales, zero points and bias in another compute dtype.

@@ -16,7 +16,7 @@ MAX_LINES = 300
 PYTHON_STAGES = [
     {"quant_spec"},
     {"layout", "words", "repack", "repack_rows", "native_repack"},
-    {"canonical"},
+    {"canonical", "explicit_mesh"},
     {"linear", "weights", "dense_stack", "pack_canonical", "stack_builder", "host_arrays"},
     {"gptq_format", "gptq", "quantize", "act_order", "reference", "unpack"},
     {"sharding", "trainable", "top_k"},

@@ -99,6 +99,43 @@ def test_dequantized_weights_are_cut_as_packed_ones(kind, axis):
     np.testing.assert_array_equal(placed[1].dequantize(), stack[1].dequantize())
 
 
+PAIRED = {
+    "packed": lambda problem: problem.stack(),
+    "dense": lambda problem: jm.DenseExpertStack(jnp.asarray(problem.weights, jnp.float32)),
+}
+
+
+def paired_products(x, stack, ids):
+    routing = jm.moe_align_block_size(ids, 8, 4)
+    batch = jax.vmap(lambda x: jm.ragged_dot(x, stack, jnp.array([1, 0, 1, 0])))
+    return (
+        jm.ragged_dot(x, stack, jnp.array([3, 1, 0, 2])),
+        jm.moe_matmul(x, stack, *routing, moe_block_size=8, top_k=2),
+        batch(x.reshape(4, 2, -1)),
+        jax.grad(lambda x: (jm.ragged_dot(x, stack, jnp.array([3, 1, 0, 2])) ** 2).sum())(x),
+        jm.matmul(x, stack[1]) if isinstance(stack, jm.MarlinExpertStack) else x,
+    )
+
+
+@pytest.mark.parametrize("axis", ["tensor", ("data", "tensor")])
+@pytest.mark.parametrize("form", PAIRED)
+def test_paired_columns_come_back_in_their_old_order(form, axis):
+    """Columns that `shard(..., gate_up=True)` has paired, as weights and in products."""
+    problem = case("explicit_paired", n=512)
+    stack = PAIRED[form](problem)
+    placed = jm.shard(stack, MESH, "column", axis, gate_up=True)
+    assert placed.pairs > 1
+    whole = placed.dequantize()
+    assert whole.sharding.spec == P(None, None, axis)
+    np.testing.assert_array_equal(whole, stack.dequantize())
+    x, ids = jnp.asarray(problem.x), jnp.asarray(problem.topk_ids)
+    got, found = run(paired_products, put(MESH, x), placed, ids)
+    assert [jax.typeof(a).sharding.spec[-1] for a in got[:3]] == [axis] * 3
+    assert max(c.bytes_sent for c in found) < stack.nbytes / 8  # columns of results travel
+    for one, same in zip(got, jax.jit(paired_products)(x, stack, ids), strict=True):
+        np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-4)
+
+
 def test_weights_are_dequantized_where_some_axes_are_manual():
     stack = case("dequantized_in_part").stack()
     whole = jax.jit(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.ops.partition_region import explicit_axes
+from jax_marlin.explicit_mesh import explicit_axes
 from jax_marlin.ops.transposed_product import transposed_product
 from jax_marlin.ops.weight_gradient import weight_gradient
 from jax_marlin.weights import MarlinExpertStack

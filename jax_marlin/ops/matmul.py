@@ -14,6 +14,7 @@ from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import layout, reference
+from jax_marlin.explicit_mesh import unpair_on_mesh
 from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.gradients import differentiable, frozen, trained, vary_together
 from jax_marlin.ops.partitioning import needs_devices
@@ -88,7 +89,7 @@ def matmul(
         x = x.reshape(math.prod(leading), spec.k)
     static = _Static(first_tile * layout.TILE, n, written, implementation)
     out = _product(static, *vary_together(x, stack, own_bias, expert))
-    out = layout.unpair_columns(out, spec.pairs)
+    out = unpair_on_mesh(out, spec.pairs)
     out = out if len(leading) == 1 else out.reshape(*leading, n)
     return out.astype(wanted)
 

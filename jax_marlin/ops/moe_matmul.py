@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.layout import unpair_columns
+from jax_marlin.explicit_mesh import unpair_on_mesh
 from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
 from jax_marlin.ops.gradients import (
@@ -138,7 +138,7 @@ def routed_matmul(
         implementation, where,
     )  # fmt: skip
     out = _product(static, *vary_together(x, stack, slots, expert_ids, used, row_weights))
-    return (out if as_stored else unpair_columns(out, stack.pairs)).astype(wanted)
+    return (out if as_stored else unpair_on_mesh(out, stack.pairs)).astype(wanted)
 
 
 class _Static(NamedTuple):

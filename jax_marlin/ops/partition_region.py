@@ -138,9 +138,3 @@ def region_of(context: Any, where: str) -> Region | None:
     # Explicit axes, too, are partitioned by XLA.
     kinds = (AxisType.Auto,) * len(mesh.axis_names)
     return Region(where, Mesh(mesh.devices, mesh.axis_names, kinds), axes)
-
-
-def explicit_axes(mesh: Any) -> tuple[str, ...]:
-    """Names of the axes by which operands and results are typed."""
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)

@@ -26,7 +26,8 @@ from jax.experimental.custom_partitioning import (
 )
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from jax_marlin.ops.partition_region import explicit_axes, region_of
+from jax_marlin.explicit_mesh import explicit_axes
+from jax_marlin.ops.partition_region import region_of
 
 Axes = dict[str, tuple[str, ...]]  # the mesh axes that cut each factor
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jax_marlin.ops.partition_region import explicit_axes
+from jax_marlin.explicit_mesh import explicit_axes
 
 EXCHANGES = ("all_gather", "all_to_all")
 _FEWEST_TOKENS = 1024  # below, fewer collectives count for more than fewer bytes
