@@ -124,12 +124,11 @@ TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits&
 }
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
-  const int sm_count = device.sm_count;
-  if (device.has_wgmma && !problem.transposed && prefers_wgmma(problem))
-    return select_wgmma_tile(problem, sm_count);
-  const int tile =
-      problem.transposed ? fitting_tiles(problem).first : select_width(problem, device);
-  return tile_choice(problem, tile, device);
+  if (problem.transposed) return tile_choice(problem, fitting_tiles(problem).first, device);
+  if (device.has_wgmma && prefers_wgmma(problem)) {
+    return select_wgmma_tile(problem, device.sm_count);
+  }
+  return tile_choice(problem, select_width(problem, device), device);
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {

@@ -125,8 +125,8 @@ def _product(g, ids, *leaves, spec, k, first_column, one_expert, out_dtype, weig
     )  # fmt: skip
 
 
-def _custom_call(g, ids, *leaves, spec, k, first_column, one_expert, out_dtype):
-    if spec is None:
+def _on_cuda(g, ids, *leaves, spec, k, first_column, one_expert, out_dtype):
+    if spec is None:  # no kernel reads dense experts: the loop, on tensor cores
         return _product(
             g, ids, *leaves,
             spec=None, k=k, first_column=0, one_expert=one_expert, out_dtype=out_dtype,
@@ -176,7 +176,7 @@ def _batching(operands, dims, **params):
     return out.reshape(size, num_rows, params["k"]), 0
 
 
-def _has_kernel(results, g, ids, *leaves, spec, **_):
+def _runs_on_cuda(results, g, ids, *leaves, spec, **_):
     weight = leaves[0] if spec is None else leaves[1]
     return has_kernel(results, weight) and not is_zero(g.shape[1])
 
@@ -187,8 +187,8 @@ register_partitioned(
     _primitive,
     _shape_rule,
     functools.partial(_product, weight_dtype=jnp.float32),
-    _custom_call,
-    _has_kernel,
+    _on_cuda,
+    _runs_on_cuda,
     gradient_sharding_rules.transposed_product(_primitive.bind),
 )
 set_batching(_primitive, _batching)
