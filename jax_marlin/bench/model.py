@@ -1,8 +1,6 @@
 """The command `jax-marlin bench-model`: times a whole model's prefill and decoding."""
 
 import argparse
-import dataclasses
-import functools
 import pathlib
 import statistics
 import sys
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 
 from jax_marlin.bench import report
 from jax_marlin.bench.check import WrongResultError
+from jax_marlin.bench.decoding_state import in_context, rewound, started
 from jax_marlin.bench.floor import Ceilings
 from jax_marlin.bench.model_check import check_model
 from jax_marlin.bench.model_floor import cache_bytes, prefill_flops, weight_bytes
@@ -24,7 +23,6 @@ from jax_marlin.bench.random_model import CONFIGS, random_model
 from jax_marlin.linear import compute_dtype
 from jax_marlin.models.causal_lm import CausalLM
 from jax_marlin.models.decoding import Decoded, decode, prefill
-from jax_marlin.models.layers import KVCache
 from jax_marlin.models.sampling import Sampling
 
 _COLUMNS = {
@@ -142,7 +140,7 @@ def _prefill(
     model: CausalLM, context: int, ceilings: Ceilings, args: argparse.Namespace
 ) -> tuple[float, float, int]:
     """Seconds, the least of them, and tokens of a prompt."""
-    start = _started(model, 1, context, 1)
+    start = started(model, 1, context, 1)
     seconds = _median(lambda d: _prefilled(model, d, context), start, args.runs)
     flops = prefill_flops(model, 1, context) / ceilings.flops
     floor = max(flops, weight_bytes(model, context) / ceilings.bandwidth)
@@ -154,54 +152,23 @@ def _decode(
 ) -> tuple[float, float, int]:
     """Seconds, the least of them, and tokens of one step."""
     steps = args.new_tokens
-    # Random keys and values take as long to read as those of a prompt, and no time to come by.
-    start = _started(model, batch, context, 1 + steps)
-    cache = _random_like(start.cache, jax.random.key(2))
-    start = dataclasses.replace(start, cache=cache)
+    start = in_context(model, batch, context, 1 + steps)
     none = jnp.zeros((0,), jnp.int32)
 
     def run(decoded: Decoded) -> Decoded:
-        return decode(model, _rewound(decoded, context), Sampling(), none, jnp.int32(steps))
+        return decode(model, rewound(decoded, context), Sampling(), none, jnp.int32(steps))
 
     seconds = _median(run, start, args.runs) / steps
     read = weight_bytes(model, batch) + cache_bytes(model, batch, context + steps / 2)
     return seconds, read / ceilings.bandwidth, batch
 
 
-def _started(model: CausalLM, batch: int, context: int, new_tokens: int) -> Decoded:
-    """Nothing read yet, room for all; random tokens."""
-    tokens = jax.random.randint(
-        jax.random.key(3), (batch, new_tokens), 0, model.config.vocab_size, jnp.int32
-    )
-    cache = model.empty_cache(batch, context + new_tokens - 1)
-    return Decoded(cache, tokens, jnp.int32(0), jnp.zeros((batch,), jnp.bool_))
-
-
-def _random_like(cache: KVCache, key: jax.Array) -> KVCache:
-    """One small program for all layers: XLA compiled theirs together for minutes."""
-    arrays, structure = jax.tree.flatten(cache.layers)
-    keys = jax.random.split(key, len(arrays))
-    arrays = [_random_in_place(a, k) for a, k in zip(arrays, keys, strict=True)]
-    return dataclasses.replace(cache, layers=jax.tree.unflatten(structure, arrays))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _random_in_place(array: jax.Array, key: jax.Array) -> jax.Array:
-    return jax.random.normal(key, array.shape, array.dtype)
-
-
 def _prefilled(model: CausalLM, decoded: Decoded, context: int) -> Decoded:
     """A random prompt read into the cache, which is donated."""
     batch, new_tokens = decoded.tokens.shape
     ids = jax.random.randint(jax.random.key(1), (batch, context), 0, model.config.vocab_size)
-    none, cache = jnp.zeros((0,), jnp.int32), _rewound(decoded, 0).cache
+    none, cache = jnp.zeros((0,), jnp.int32), rewound(decoded, 0).cache
     return prefill(model, ids, None, cache, Sampling(), none, new_tokens)
-
-
-def _rewound(decoded: Decoded, context: int) -> Decoded:
-    """Back to one token chosen after the context; what the cache holds past it is never read."""
-    cache = dataclasses.replace(decoded.cache, length=jnp.int32(context))
-    return dataclasses.replace(decoded, cache=cache, count=jnp.int32(1))
 
 
 def _median(run: Callable[[Decoded], Decoded], decoded: Decoded, runs: int) -> float:

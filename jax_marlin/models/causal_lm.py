@@ -121,13 +121,20 @@ class CausalLM:
         x = jnp.take(self.embed_tokens, input_ids, axis=0, mode="clip")  # [batch, seq, H]
         for i, layer in enumerate(self.layers):
             past = None if cache is None else cache.layers[i]
-            attended, keeps = layer.self_attn(rms_norm(x, layer.input_layernorm, eps), past, start)
-            x = x + attended
-            x = x + layer.mlp(rms_norm(x, layer.post_attention_layernorm, eps))
+            with jax.named_scope("norms"):
+                normed = rms_norm(x, layer.input_layernorm, eps)
+            with jax.named_scope("self_attn"):
+                attended, keeps = layer.self_attn(normed, past, start)
+            with jax.named_scope("norms"):
+                x = x + attended
+                normed = rms_norm(x, layer.post_attention_layernorm, eps)
+            with jax.named_scope("mlp"):
+                x = x + layer.mlp(normed)
             kept.append(keeps)
         seq = jnp.int32(input_ids.shape[1])
         cache = KVCache(tuple(kept), length=seq if start is None else start + seq)
-        return rms_norm(x, self.norm, eps), cache
+        with jax.named_scope("norms"):
+            return rms_norm(x, self.norm, eps), cache
 
     def _hidden_of_rows(self, input_ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """`_hidden` for a cache whose `length` is `[batch]`: each row is a batch of one."""
@@ -144,7 +151,8 @@ class CausalLM:
 
     def _logits(self, hidden: jax.Array) -> jax.Array:
         head = DenseLinear(self.embed_tokens) if self.lm_head is None else self.lm_head
-        return linear_float32(hidden, head)
+        with jax.named_scope("lm_head"):
+            return linear_float32(hidden, head)
 
 
 def _last(hidden: jax.Array, lengths: jax.Array) -> jax.Array:

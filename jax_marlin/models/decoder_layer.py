@@ -48,7 +48,8 @@ class Attention:
         c, (batch, seq, _) = self.config, x.shape
         positions = jnp.arange(seq, dtype=jnp.int32) + (0 if start is None else start)
         queries, keys = c.num_attention_heads, c.num_key_value_heads
-        heads = side_by_side(x, self.qkv_proj, lambda x, w: w(x))
+        with jax.named_scope("qkv_proj"):
+            heads = side_by_side(x, self.qkv_proj, lambda x, w: w(x))
         heads = heads.reshape(batch, seq, queries + 2 * keys, c.head_dim)
         q, k, v = jnp.split(heads, [queries, queries + keys], axis=2)
         if self.q_norm is not None and self.k_norm is not None:
@@ -58,7 +59,9 @@ class Attention:
             k = scaled(k, scale[:, :, queries : queries + keys], self.k_norm)
         q, k = c.rope(q, positions), c.rope(k, positions)
         k, v = updated(past, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)), start)
-        return self.o_proj(self.attended(q, k, v, start)), (k, v)
+        attended = self.attended(q, k, v, start)
+        with jax.named_scope("o_proj"):
+            return self.o_proj(attended), (k, v)
 
     def attended(
         self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None
@@ -80,9 +83,11 @@ class SparseMlp:
     def __call__(self, x: jax.Array) -> jax.Array:
         """x `[..., H]` to the same shape."""
         c = self.config
-        logits = linear_float32(x, self.gate)
-        weights, ids = route(logits, c.num_experts_per_tok, renormalize=c.norm_topk_prob)
-        return moe_ffn(x, ids, weights, self.gate_up, self.down, activation=c.hidden_act)
+        with jax.named_scope("router"):
+            logits = linear_float32(x, self.gate)
+            weights, ids = route(logits, c.num_experts_per_tok, renormalize=c.norm_topk_prob)
+        with jax.named_scope("experts"):
+            return moe_ffn(x, ids, weights, self.gate_up, self.down, activation=c.hidden_act)
 
 
 @jax.tree_util.register_dataclass

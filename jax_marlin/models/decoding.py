@@ -56,7 +56,8 @@ def decode(
     def step(d: Decoded) -> Decoded:
         last = jax.lax.dynamic_slice_in_dim(d.tokens, d.count - 1, 1, axis=1)  # [batch, 1]
         logits, cache = model.extend(last, d.cache)
-        token = jnp.where(d.ended, last[:, 0], sampling(logits, d.count))
+        with jax.named_scope("sampling"):
+            token = jnp.where(d.ended, last[:, 0], sampling(logits, d.count))
         tokens = jax.lax.dynamic_update_slice_in_dim(d.tokens, token[:, None], d.count, axis=1)
         return Decoded(cache, tokens, d.count + 1, d.ended | _is_one_of(token, stops))
 

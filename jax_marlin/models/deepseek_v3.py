@@ -45,17 +45,19 @@ class DeepseekMlp(SparseMlp):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x `[..., H]` to the same shape."""
         c = self.config
-        weights, ids = route(
-            linear_float32(x, self.gate),
-            c.num_experts_per_tok,
-            scoring="sigmoid",
-            renormalize=c.norm_topk_prob,
-            correction_bias=self.e_score_correction_bias,
-            num_groups=c.n_group,
-            top_groups=c.topk_group,
-            scale=c.routed_scaling_factor,
-        )
-        routed = moe_ffn(x, ids, weights, self.gate_up, self.down, activation=c.hidden_act)
+        with jax.named_scope("router"):
+            weights, ids = route(
+                linear_float32(x, self.gate),
+                c.num_experts_per_tok,
+                scoring="sigmoid",
+                renormalize=c.norm_topk_prob,
+                correction_bias=self.e_score_correction_bias,
+                num_groups=c.n_group,
+                top_groups=c.topk_group,
+                scale=c.routed_scaling_factor,
+            )
+        with jax.named_scope("experts"):
+            routed = moe_ffn(x, ids, weights, self.gate_up, self.down, activation=c.hidden_act)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
 
