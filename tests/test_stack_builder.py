@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from linears import SPEC, assert_dense, build, random_linear
@@ -167,6 +168,24 @@ def test_bad_linears_are_refused_by_module_name(name, array, error, message):
         builder.set_expert(
             0, dataclasses.replace(random_linear(0), **{name: array}), "model.up_proj"
         )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_finite_scales_and_no_others_are_taken(dtype):
+    words = np.arange(2**16, dtype=np.uint16)  # every 16-bit float, or every upper half
+    scales = words.view(dtype) if np.dtype(dtype).itemsize == 2 else (words.astype("u4") << 16)
+    scales = scales.view(dtype).reshape(64, 1024)[:, ::-1]
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(scales)
+    spec = QuantSpec.create(bits=4, group_size=32, k=32, n=1024)
+    for row, good in zip(scales, finite, strict=True):
+        weight = CanonicalLinear(np.zeros((4, 1024), np.uint32), row[None], bits=4, k=32)
+        if good.all():
+            weight.check(spec, "here")
+            continue
+        message = rf"here: scales has {(~good).sum()} values .* first at \(0, {good.argmin()}\)"
+        with pytest.raises(ValueError, match=message):
+            weight.check(spec, "here")
 
 
 def test_bad_codes_are_refused():
