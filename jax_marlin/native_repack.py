@@ -14,7 +14,8 @@ from jax_marlin import repack, repack_rows
 
 
 @functools.cache
-def _extension() -> ModuleType | None:
+def extension() -> ModuleType | None:
+    """The extension, if it is installed and packs."""
     try:
         module = importlib.import_module("_jax_marlin")
     except ImportError:
@@ -29,10 +30,10 @@ def pack_words(
     out: np.ndarray,
 ) -> None:
     """`repack.pack_words`, or `repack_rows.pack_words_in_order` where there are `orders`."""
-    if (extension := _extension()) is not None:
+    if (module := extension()) is not None:
         for e, one in enumerate(words):
             order = None if orders is None else np.ascontiguousarray(orders[e], np.int64)
-            extension.pack_words(_readable(one, order is not None), order, bits, out[e])
+            module.pack_words(_readable(one, order is not None), order, bits, out[e])
     elif orders is None:
         repack.pack_words(words, bits, out)
     else:
@@ -41,10 +42,10 @@ def pack_words(
 
 def pack_awq_words(words: Sequence[np.ndarray], out: np.ndarray) -> None:
     """`repack_rows.pack_awq_words`."""
-    if (extension := _extension()) is None:
+    if (module := extension()) is None:
         return repack_rows.pack_awq_words(words, out)
     for e, one in enumerate(words):
-        extension.pack_awq_words(_readable(one), out[e])
+        module.pack_awq_words(_readable(one), out[e])
 
 
 def _readable(words: np.ndarray, by_rows: bool = False) -> np.ndarray:

@@ -13,8 +13,8 @@ SHAPES = [(64, 64), (192, 320), (1088, 128)]
 @pytest.fixture(params=["extension", "numpy"])
 def packer(request, monkeypatch):
     if request.param == "numpy":
-        monkeypatch.setattr(native_repack, "_extension", lambda: None)
-    elif native_repack._extension() is None:
+        monkeypatch.setattr(native_repack, "extension", lambda: None)
+    elif native_repack.extension() is None:
         pytest.skip("the extension is not built here")
 
 
@@ -61,9 +61,10 @@ def test_awq_words(packer, k, n):
     words = pack_awq(codes)
     wider = np.zeros((k, n // 8 + 3), np.uint32)
     wider[:, 1:-2] = words
-    out = np.zeros((3, n // 64, k // 64, 512), np.uint32)
-    native_repack.pack_awq_words([words, wider[:, 1:-2], unaligned(words)], out)
-    np.testing.assert_array_equal(out, [pack_tiles(codes, 4)] * 3)
+    same = [words, wider[:, 1:-2], unaligned(words), np.ascontiguousarray(words.T).T]
+    out = np.zeros((len(same), n // 64, k // 64, 512), np.uint32)
+    native_repack.pack_awq_words(same, out)
+    np.testing.assert_array_equal(out, [pack_tiles(codes, 4)] * len(same))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_awq_words(packer, k, n):
     ],
 )
 def test_what_does_not_fit_is_refused(words, order, bits, out, message):
-    if (extension := native_repack._extension()) is None:
+    if (extension := native_repack.extension()) is None:
         pytest.skip("the extension is not built here")
     order = None if order is None else np.arange(order) if order > 0 else np.arange(64) + 1
     arrays = np.zeros(words, np.uint32), order, bits, np.zeros(out, np.uint32)
@@ -91,7 +92,7 @@ def test_what_does_not_fit_is_refused(words, order, bits, out, message):
 
 def test_tiles_of_another_dtype_are_refused():
     """A copy of them would be written to, and lost."""
-    if (extension := native_repack._extension()) is None:
+    if (extension := native_repack.extension()) is None:
         pytest.skip("the extension is not built here")
     with pytest.raises(TypeError):
         extension.pack_words(np.zeros((8, 64), np.uint32), None, 4, np.zeros((1, 1, 512), np.int32))
@@ -99,4 +100,4 @@ def test_tiles_of_another_dtype_are_refused():
 
 def test_an_extension_of_an_older_checkout_is_passed_over(monkeypatch):
     monkeypatch.setattr(native_repack.importlib, "import_module", lambda name: object())
-    assert native_repack._extension.__wrapped__() is None
+    assert native_repack.extension.__wrapped__() is None

@@ -1,5 +1,6 @@
 """What the README shows is true: its examples run, and the commands and names it mentions exist."""
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import jax_marlin as jm
+from jax_marlin.bench import markdown, marked, packing
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,8 +56,14 @@ def test_first_screen():
         "pip install '.[test]'",
         "pytest",
     ]
-    # Measured rows are written between these two lines.
-    assert README.index("<!-- bench:begin -->") < README.index("<!-- bench:end -->")
+
+
+@pytest.mark.parametrize(
+    ("file", "module"), [("h200.json", markdown), ("cpu_packing.json", packing)]
+)
+def test_measured_tables_are_those_of_the_committed_records(file, module):
+    record = json.loads((ROOT / "jax_marlin" / "bench" / "results" / file).read_text())
+    assert marked.split(ROOT / "README.md", module.NAME)[1] == module.table(**record)
 
 
 def test_ci_runs_the_commands_of_the_first_screen():

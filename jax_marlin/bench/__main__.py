@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_marlin.bench import humming, markdown, report
+from jax_marlin.bench import humming, markdown, marked, report
 from jax_marlin.bench.measure import Options
-from jax_marlin.bench.options import add_ceilings, ceilings_of, positive
+from jax_marlin.bench.options import add_ceilings, add_files, ceilings_of, positive
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.bench.routings import ROUTINGS
 from jax_marlin.bench.schedule import Case, all_cases, listed, measure_all
@@ -80,13 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of the whole run: each problem has an equal share of what is left, its rows come in "
         "the order 1, 16, 64, then the others; what does not fit is named (default: no limit)",
     )  # fmt: skip
-    add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
+    add_files(parser, markdown.NAME)
     add("--plot", type=pathlib.Path, metavar="FILE", help="draw time and floor (matplotlib)")
-    add(
-        "--markdown", type=pathlib.Path, metavar="FILE",
-        help="write a table between the lines <!-- bench:begin --> and <!-- bench:end --> of FILE, "
-        "or a new FILE",
-    )  # fmt: skip
     return parser
 
 
@@ -108,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
                 f"--markdown: the table shows uniform routing, got --routing {' '.join(routings)}; "
                 "add uniform, or use --json"
             )
-        markdown.check_markers(args.markdown)
+        marked.check(args.markdown, markdown.NAME)
     ceilings, given = ceilings_of(args, dtype)
     conditions = report.conditions(options, ceilings, given=given)
     conditions["humming"] = humming.version() if no_humming is None else no_humming

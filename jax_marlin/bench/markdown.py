@@ -3,7 +3,10 @@
 import pathlib
 from typing import Any
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+from jax_marlin.bench import marked
+
+NAME = "bench"
+BEGIN, END = marked.markers(NAME)
 ROWS = (1, 16, 64)  # the columns, where they were measured
 _PEERS = {"xla": "XLA", "humming": "Humming"}
 
@@ -28,11 +31,9 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
     peers = f"XLA's product with {conditions['dtype']} weights"
     if any(record["humming_us"] is not None for record in records):
         peers += f", or Humming ({conditions['humming']})"
-    driver = f", driver {conditions['driver']}" if conditions["driver"] else ""
     return "\n".join([
-        f"{conditions['device']}{driver}, jax {conditions['jax']}, {conditions['date'][:10]}: "
-        f"{conditions['bits']} bit, group size {conditions['group_size']}, {conditions['dtype']}, "
-        "through `jax.jit`.",
+        f"{marked.source(conditions)}: {conditions['bits']} bit, group size "
+        f"{conditions['group_size']}, {conditions['dtype']}, through `jax.jit`.",
         "",
         f"| problem | {' | '.join(heads)} |",
         f"| --- |{' ---: |' * len(columns)}",
@@ -49,28 +50,9 @@ def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def check_markers(path: pathlib.Path) -> None:
-    """Raises ValueError if the file exists and has not one pair of markers."""
-    if path.exists():
-        _split(path)
-
-
 def save(path: pathlib.Path, conditions: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Replaces what stands between the markers of a file; a new file holds nothing else."""
-    before, after = _split(path) if path.exists() else ("", "\n")
-    path.write_text(f"{before}{BEGIN}\n{table(conditions, records)}\n{END}{after}")
-
-
-def _split(path: pathlib.Path) -> tuple[str, str]:
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(
-            f"--markdown: {path} exists, expected one line {BEGIN} and one line {END} after it in "
-            "it; add them, or name a new file"
-        )
-    return before, after
+    """Writes the table between the markers of a file, or to a new one."""
+    marked.replace(path, NAME, table(conditions, records))
 
 
 def _size(record: dict[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """Options that the benchmarks' commands share."""
 
 import argparse
+import pathlib
 
 from jax.typing import DTypeLike
 
+from jax_marlin.bench import marked
 from jax_marlin.bench.floor import Ceilings, measure_bandwidth, measure_flops
 
 
@@ -12,6 +14,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def add_files(parser: argparse.ArgumentParser, name: str) -> None:
+    """Adds `--json` and `--markdown`; `name` is of the benchmark's markers."""
+    add = parser.add_argument
+    add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
+    begin, end = marked.markers(name)
+    add(
+        "--markdown", type=pathlib.Path, metavar="FILE",
+        help=f"write a table between the lines {begin} and {end} of FILE, or a new FILE",
+    )  # fmt: skip
 
 
 def add_ceilings(parser: argparse.ArgumentParser) -> None:

@@ -11,15 +11,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_marlin.bench.options import positive
-from jax_marlin.bench.problems import random_key, random_stack
+from jax_marlin.bench import marked, report
+from jax_marlin.bench.options import add_files, positive
+from jax_marlin.bench.problems import Quantization, random_key, random_stack
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size
 from jax_marlin.ops.moe_ffn import moe_ffn
@@ -29,6 +30,10 @@ from jax_marlin.quant_spec import QuantSpec
 
 _EXPERTS, _ROWS, _BLOCK = 4, 4, 8
 _WARM_UP = 3
+_DTYPE, _GROUP_SIZE = jnp.dtype(jnp.float16), 32
+_COLUMNS = {"operation": ("operation", "{}"), "us": ("us a call", "{:.2f}")}
+_FLAG = "--xla_gpu_enable_command_buffer="
+NAME = "overhead"  # of its markers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,30 +45,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--calls", nargs=2, type=positive, default=(16, 144), metavar="N", help="two lengths")
     add("--runs", type=positive, default=200, metavar="N", help="of each, whose median counts")
     add("--command-buffers", action="store_true", help="keep them, as XLA has them by default")
+    add_files(parser, NAME)
     args = parser.parse_args(argv)
     short, long = sorted(args.calls)
     if short == long:
         parser.error(f"--calls is {short} {long}, expected two different lengths")
+    if args.markdown:  # now, not after minutes
+        try:
+            marked.check(args.markdown, NAME)
+        except ValueError as error:
+            parser.error(str(error))
     if not args.command_buffers:  # XLA reads it when JAX first looks for a device
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: microseconds a call")
-    for name, (operation, operands) in operations().items():
-        us = [_microseconds(chain(name, operation, n), operands, args.runs) for n in (short, long)]
-        print(f"{name:<22}{(us[1] - us[0]) / (long - short):8.2f}", flush=True)
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
+    conditions = report.environment(Quantization(4, _GROUP_SIZE, _DTYPE)) | {
+        "command_buffers": args.command_buffers,
+        "method": f"chains of {short} and of {long} calls, each on the result of the one before; "
+        f"what the longer takes more, median of {args.runs} runs of each",
+    }
+    records = report.streamed(conditions, _measured(short, long, args.runs), _COLUMNS, args.json)
+    if args.markdown:
+        marked.replace(args.markdown, NAME, table(conditions, records))
     return 0
+
+
+def _measured(short: int, long: int, runs: int) -> Iterator[dict[str, Any]]:
+    """A record for each operation."""
+    for name, (operation, operands) in operations().items():
+        us = [_microseconds(chain(name, operation, n), operands, runs) for n in (short, long)]
+        yield {"operation": name, "us": (us[1] - us[0]) / (long - short)}
+
+
+def table(conditions: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """Markdown: a line of conditions, a column for each operation."""
+    names = ["a kernel of XLA's" if r["operation"] == "xla_kernel" else f"`{r['operation']}`"
+             for r in records]  # fmt: skip
+    where = "in" if conditions["command_buffers"] else "outside"
+    return "\n".join([
+        f"{marked.source(conditions)}: µs a call {where} command buffers, of problems so small "
+        "that a call takes as long as its handler and its launches.",
+        "",
+        f"| {' | '.join(names)} |",
+        f"|{' ---: |' * len(names)}",
+        f"| {' | '.join(format(r['us'], '.1f') for r in records)} |",
+    ])  # fmt: skip
 
 
 def operations() -> dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]:
     """name -> (one call, its operands); its result can take the place of the first operand."""
-    dtype = jnp.dtype(jnp.float16)
-    wide, narrow = (
-        random_stack(
-            random_key(k), _EXPERTS, QuantSpec.create(bits=4, group_size=32, k=k, n=128), dtype
-        )
-        for k in (128, 64)
-    )
-    x, ones = jnp.ones((_ROWS, 128), dtype), jnp.ones((_ROWS, 1))
+    specs = (QuantSpec.create(bits=4, group_size=_GROUP_SIZE, k=k, n=128) for k in (128, 64))
+    wide, narrow = (random_stack(random_key(s.k), _EXPERTS, s, _DTYPE) for s in specs)
+    x, ones = jnp.ones((_ROWS, 128), _DTYPE), jnp.ones((_ROWS, 1))
     ids = jnp.asarray(np.random.default_rng(0).permutation(_EXPERTS)[:, None], jnp.int32)
     routing = moe_align_block_size(ids, _BLOCK, _EXPERTS)
 

@@ -90,7 +90,7 @@ def load_expert_stack(
                 for block, builder in builders.items():
                     _set_part(builder, block, places, parts, spec)
 
-        together = max(1, min(WORDS_AT_ONCE // words, len(held) // _FEWEST_TURNS))
+        together = experts_at_once(words, len(held))
         for some in in_threads(
             pack_experts, [held[i : i + together] for i in range(0, len(held), together)]
         ):
@@ -112,6 +112,11 @@ def load_expert_stack(
                 spec = dataclasses.replace(spec, shared_perm=shared)
             placement.put(block, leaves)
     return placement.finish(spec)
+
+
+def experts_at_once(words: int, experts: int) -> int:
+    """How many experts a thread packs together, given the words of one and how many there are."""
+    return max(1, min(WORDS_AT_ONCE // words, experts // _FEWEST_TURNS))
 
 
 def _check_in_order(packed: Iterable[Leaves], module: str) -> None:

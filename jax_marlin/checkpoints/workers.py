@@ -25,6 +25,15 @@ def _keep_freed_memory() -> None:
     np.empty(31 << 20, np.uint8)
 
 
+def thread_count() -> int:
+    """Threads of `in_threads`, where there are as many items."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return min(count, _MOST)
+
+
 def in_threads(work: Callable[[T], object], items: Sequence[T]) -> Iterator[T]:
     """Does `work` for all items, a few at a time, and yields each that is done, in order.
 
@@ -35,11 +44,7 @@ def in_threads(work: Callable[[T], object], items: Sequence[T]) -> Iterator[T]:
     [0, 1, 2]
     """
     _keep_freed_memory()
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    count = min(count, _MOST, len(items))
+    count = min(thread_count(), len(items))
     if count < 2:
         for item in items:
             work(item)
