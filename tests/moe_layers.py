@@ -192,8 +192,15 @@ LAYERS = {
     },
     "one_call_skips": {"intermediate": 112, "m": 23, "routing": "skips", "bias": True},
     "one_call_nobody": {"intermediate": 16, "routing": "nobody", "group_size": -1},
-    # Blocks of 256 rows: hidden in the order of slots and, before 4096 columns of gate_up, x.
-    "one_call_blocks_of_256": {
+    "one_call_blocks_of_96": {
+        "intermediate": 64,
+        "m": 120,
+        "top_k": 2,
+        "num_experts": 3,
+        "bias": True,
+        "zeros": "v2",
+    },
+    "one_call_blocks_of_144": {
         "intermediate": 64,
         "m": 800,
         "top_k": 2,
@@ -201,11 +208,24 @@ LAYERS = {
         "bias": True,
         "dtype": "bfloat16",
     },
-    "one_call_blocks_of_256_8bit_skips": {
+    "one_call_blocks_of_144_8bit_skips": {
         "intermediate": 64,
         "m": 1100,
         "top_k": 2,
         "num_experts": 4,
+        "bits": 8,
+        "zeros": "v1",
+        "routing": "skips",
+        "n": 68,
+        "dtype": "bfloat16",
+    },
+    # Blocks of 256 rows, before 4096 columns of gate_up: x and hidden in the order of slots.
+    "one_call_blocks_of_256_8bit_skips": {
+        "intermediate": 2048,
+        "m": 620,
+        "top_k": 2,
+        "num_experts": 2,
+        "k": 32,
         "bits": 8,
         "zeros": "v1",
         "routing": "skips",

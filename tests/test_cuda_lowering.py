@@ -153,12 +153,11 @@ def test_moe_ffn_is_one_call(extension):
         ("bfloat16", 44, 64, "88x96xbf16", "88x200xbf16"),
         # A row may be larger than float16 holds while the sum is not.
         ("float16", 44, 64, "88x96xf16", "88x200xf32"),
-        # Beside 1,536 routes 255 slots of padding for each of 3 experts.
-        ("bfloat16", 768, 256, "2301x96xbf16", "1536x200xbf16"),
+        ("bfloat16", 768, 144, "1536x96xbf16", "1536x200xbf16"),
     ],
 )
 def test_rows_of_a_layer_of_many_tokens(dtype, m, block, hidden, rows, extension):
-    """Narrow before their sum; hidden ones in the order of slots in blocks of 256."""
+    """Narrow before their sum, and by route where blocks are not of 256."""
 
     def layer(x, *stacks):
         ids = jnp.zeros((m, 2), jnp.int32)
@@ -168,6 +167,20 @@ def test_rows_of_a_layer_of_many_tokens(dtype, m, block, hidden, rows, extension
         lowered(layer, *layer_stacks(m=m, dtype=dtype)), "jax_marlin_moe_ffn_v1"
     )
     assert attributes["moe_block_size"] == block and results[1:3] == [hidden, rows]
+
+
+def test_layers_of_many_columns_come_in_the_order_of_slots(extension):
+    """Blocks of 256: beside 1,536 routes 255 slots of padding for each of 3 experts."""
+
+    def layer(x, *stacks):
+        ids = jnp.zeros((768, 2), jnp.int32)
+        return moe_ffn(x, ids, ids.astype(jnp.float32), *stacks)
+
+    stacks = layer_stacks(m=768, dtype="bfloat16", intermediate=2048)
+    attributes, _, results = custom_call(lowered(layer, *stacks), "jax_marlin_moe_ffn_v1")
+    # Rows of 200 before their sum, and as many bytes as x takes in 2,301 slots of 96.
+    assert attributes["moe_block_size"] == 256
+    assert results[1:3] == ["2301x2048xbf16", "1536x200xbf16"]
 
 
 def test_layers_that_one_call_cannot_take_are_composed(extension):

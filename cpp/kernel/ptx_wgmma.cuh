@@ -45,6 +45,9 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 #define JAX_MARLIN_R64 \
   JAX_MARLIN_R48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define JAX_MARLIN_R72 \
+  JAX_MARLIN_R64       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define JAX_MARLIN_R96                                                                           \
   JAX_MARLIN_R64                                                                                 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
@@ -88,6 +91,8 @@ JAX_MARLIN_WGMMA(96, JAX_MARLIN_R48, JAX_MARLIN_LIST(JAX_MARLIN_D32(0), JAX_MARL
                  "%49", "%50", "%51", "%52")
 JAX_MARLIN_WGMMA(128, JAX_MARLIN_R64, JAX_MARLIN_LIST(JAX_MARLIN_D64(0)), "%64", "%65", "%66",
                  "%67", "%68")
+JAX_MARLIN_WGMMA(144, JAX_MARLIN_R72, JAX_MARLIN_LIST(JAX_MARLIN_D64(0), JAX_MARLIN_D8(64)), "%72",
+                 "%73", "%74", "%75", "%76")
 JAX_MARLIN_WGMMA(192, JAX_MARLIN_R96, JAX_MARLIN_LIST(JAX_MARLIN_D64(0), JAX_MARLIN_D32(64)), "%96",
                  "%97", "%98", "%99", "%100")
 JAX_MARLIN_WGMMA(256, JAX_MARLIN_R128, JAX_MARLIN_LIST(JAX_MARLIN_D128(0)), "%128", "%129", "%130",
@@ -103,6 +108,7 @@ JAX_MARLIN_WGMMA(256, JAX_MARLIN_R128, JAX_MARLIN_LIST(JAX_MARLIN_D128(0)), "%12
 #undef JAX_MARLIN_R48
 #undef JAX_MARLIN_R128
 #undef JAX_MARLIN_R96
+#undef JAX_MARLIN_R72
 #undef JAX_MARLIN_R64
 #undef JAX_MARLIN_D128
 #undef JAX_MARLIN_D64

@@ -22,7 +22,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kColumnTiles = tile.column_tiles();
   static constexpr int kColumns = tile.columns();
   static constexpr int kGroupColumns = kTile * kGroupTiles;
-  static constexpr bool kInBoxes = tile.in_boxes();
+  static constexpr bool kInBoxes = tile.in_boxes;
   static constexpr bool kCanGate = tile.can_gate();
   static constexpr bool kHalfTiles = kCanGate && kGroupTiles == 1;  // of gate and of up
   static constexpr int kStageTiles = tile.stage_tiles;
@@ -35,7 +35,10 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kWidths = kTileM / kWidthStep;
 
   // Rows whose sums are in shared memory at once, to be transposed and, split K, exchanged.
-  static constexpr int kChunk = kTileM < 64 / kGroupTiles ? kTileM : 64 / kGroupTiles;
+  static constexpr int kMostOfChunk = 64 / kGroupTiles;
+  static constexpr int kChunk = kTileM < kMostOfChunk        ? kTileM
+                                : kTileM % kMostOfChunk == 0 ? kMostOfChunk
+                                                             : kWidthStep;
   // 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
   static constexpr int kSumPitch = kGroupColumns + 4;
   // Or two slots of rows on their way out, the narrow ones: wgmma_row_store.cuh.
@@ -47,7 +50,10 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
 
   // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
   static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
-  static constexpr int kCopyRegisters = kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32 : 56;
+  static constexpr int kSumRegisters = kGroupTiles * kTileM / 2;
+  static constexpr int kCopyRegisters = kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32
+                                        : kSumRegisters > 128                            ? 40
+                                                                                         : 56;
   static constexpr int kMultiplyRegisters =
       ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
       kGroups / 8 * 8;

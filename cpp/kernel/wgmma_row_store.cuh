@@ -56,7 +56,7 @@ class RowStore {
     static constexpr int kBytes = kWide ? 4 : 2;                 // of an element
     static constexpr int kPitch = kColumns * kBytes + kRowPadding;  // wgmma_config.cuh
     static_assert(kOfSlot * kPitch <= Config::kSlotBytes, "a slot holds the rows");
-    static_assert(kOfSlot % 16 == 0, "stmatrix takes two blocks of 8 rows");
+    static_assert(kWide || kOfSlot % 16 == 0, "stmatrix takes two blocks of 8 rows");
   };
 
   __device__ __forceinline__ void sync() const {

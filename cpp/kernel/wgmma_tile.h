@@ -14,17 +14,20 @@ struct WgmmaTile {
   int batch;        // k16 steps dequantized before they are issued together
   int min_blocks;   // blocks of one SM: they share registers and shared memory
   int copy_groups;  // warpgroups that copy: a thread issues a copy every 100 clocks or so
+  // Rows are neighbours in x, and the copy engine brings them: too many for threads to gather. It
+  // takes 16 clocks for each row that it is asked for alone, so that others it does not bring.
+  bool in_boxes = false;
 
   constexpr int column_tiles() const { return groups * group_tiles; }
   constexpr int columns() const { return kTile * column_tiles(); }
-  // Too many rows for threads to gather: they are neighbours in x, and the copy engine brings them.
-  constexpr bool in_boxes() const { return tile_m > 128; }
   // Gate and up of the same columns meet in one warpgroup: each a column tile of its own or, where
   // sums of one fill the registers, half of one (wgmma_gated_store.cuh).
-  constexpr bool can_gate() const { return group_tiles == 2 || in_boxes(); }
+  constexpr bool can_gate() const { return group_tiles == 2 || in_boxes; }
   // The last rows of an expert rarely fill a tile: narrower products spare the tensor cores, and
   // x is copied in boxes of as many rows.
-  constexpr int width_step() const { return tile_m <= 32 ? 16 : tile_m / 4; }
+  constexpr int width_step() const {
+    return tile_m <= 32 ? 16 : tile_m % 48 == 0 ? tile_m / 3 : tile_m / 4;
+  }
   constexpr int threads() const { return 128 * (groups + copy_groups); }
 };
 

@@ -26,6 +26,7 @@ from jax_marlin.ops.primitive import (
     register_partitioned,
     result_aval,
 )
+from jax_marlin.quant_spec import QuantSpec
 from jax_marlin.weights import MarlinExpertStack
 
 TARGET = "jax_marlin_moe_ffn_v1"
@@ -74,7 +75,7 @@ def fused_layer(
     """
     num_experts = down.num_experts
     num_tokens, top_k = ids.shape
-    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
+    moe_block_size = _block_size(num_tokens, top_k, num_experts, gate_up.held_spec)
     check_slots(ids.shape, moe_block_size, num_experts, "moe_ffn")
     return _primitive.bind(
         x, ids, weights, *_leaves(gate_up), *_leaves(down),
@@ -82,6 +83,18 @@ def fused_layer(
         weights_on_input=bool(weights_on_input), implementation=implementation,
         devices=needs_devices(),
     )  # fmt: skip
+
+
+def _block_size(num_tokens: int, top_k: int, num_experts: int, gate_up: QuantSpec) -> int:
+    """As of any routed product; or 256, which copies bring together if x is in the order of slots.
+
+    An average expert fills two: the last one is mostly padding.
+    """
+    routes = num_tokens * top_k
+    if isinstance(num_tokens, int) and gate_up.n >= _SORTED_X_COLUMNS:
+        if routes >= 2 * _BY_SLOT * num_experts:
+            return _BY_SLOT
+    return select_moe_block_size(num_tokens, top_k, num_experts)
 
 
 def _leaves(stack: MarlinExpertStack) -> tuple[jax.Array, ...]:
@@ -123,7 +136,7 @@ def _custom_call(
     x = align_rows(x)
     num_tokens, top_k = ids.shape
     num_experts, routes = leaves[0].shape[0], num_tokens * top_k
-    moe_block_size = select_moe_block_size(num_tokens, top_k, num_experts)
+    moe_block_size = _block_size(num_tokens, top_k, num_experts, gate_up_spec)
     num_slots, num_blocks = aligned_sizes(ids.shape, moe_block_size, num_experts)
     scratch_bytes = ffi_targets.scratch_bytes(
         num_slots, moe_block_size, down_spec.k, down_spec.n, down_spec.bits

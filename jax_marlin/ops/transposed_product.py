@@ -76,8 +76,9 @@ def transposed_product(
 
 
 def rows_at_once(num_rows, num_experts: int) -> int:
-    """Rows of one block: as `select_moe_block_size`, but 8 at least, and 512 of large groups."""
+    """Rows of one block: a power of two, 8 at least, and 512 of large groups."""
     size = max(select_moe_block_size(num_rows, 1, num_experts), 8)  # a turn of the loop is dear
+    size = 128 if size > 64 else size
     while size < 512 and isinstance(num_rows, int) and num_rows >= 4 * size * num_experts:
         size *= 2
     return size

@@ -49,7 +49,7 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
   params.sub_blocks = choice.sub_blocks;
   params.share_x = choice.share_x;
   const WgmmaTile& tile = kWgmmaTable[choice.tile].tile;
-  if (tile.in_boxes()) {
+  if (tile.in_boxes) {
     const RowMatrix x = {params.x, params.x_by_slot ? params.slots : params.out_rows, params.k,
                          params.x_stride};
     const cudaError_t encoded = encode_boxes(&params.x_boxes, x, gemm.element, tile.width_step());

@@ -3,6 +3,7 @@
 #include "select_tile.h"
 
 #include <algorithm>
+#include <climits>
 
 #include "../select_split.h"
 #include "tile_table.h"
@@ -10,6 +11,7 @@
 namespace jax_marlin {
 namespace {
 
+constexpr int kManyRows = 128;  // of a tile that is as fast as any, row by row
 constexpr int kMinRows = 17;  // of a tile; below, an mma.sync tile of 8 or 16 rows does less work
 
 int64_t tile_rows(const GemmProblem& problem) {
@@ -28,7 +30,7 @@ TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, t.columns()));
   choice.split_k = split_k;
   choice.in_cluster = split_k > 1;
-  choice.in_boxes = t.in_boxes();
+  choice.in_boxes = t.in_boxes;
   // Neighbouring columns read the same rows: two blocks together ask L2 for them half as often.
   if (choice.in_boxes && split_k == 1 && choice.n_blocks > 1) choice.share_x = 2;
   return choice;
@@ -52,7 +54,7 @@ int64_t estimate(const GemmProblem& problem, const TileChoice& choice, int sm_co
 
 // Rows that are not neighbours cannot come in boxes.
 bool serves(const GemmProblem& problem, const WgmmaTile& tile) {
-  return !tile.in_boxes() || problem.moe_block_size == 0 || problem.x_by_slot;
+  return !tile.in_boxes || problem.moe_block_size == 0 || problem.x_by_slot;
 }
 
 }  // namespace
@@ -64,17 +66,21 @@ bool prefers_wgmma(const GemmProblem& problem) {
 
 TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
   const bool routed = problem.moe_block_size > 0;
-  // Routed: the smallest tile that takes a routing block, else the largest.
-  int routed_rows = kWgmmaTable[0].tile.tile_m;
-  for (const WgmmaTileRow& row : kWgmmaTable) {
-    if (serves(problem, row.tile) && routed_rows < problem.moe_block_size)
-      routed_rows = row.tile.tile_m;
+  // Routed: the smallest tile that takes a routing block, else whichever of many rows.
+  int fewest_rows = 0, most_rows = INT_MAX;
+  if (routed) {
+    for (const WgmmaTileRow& row : kWgmmaTable) {
+      if (!serves(problem, row.tile)) continue;
+      if (row.tile.tile_m >= problem.moe_block_size)
+        most_rows = std::min(most_rows, row.tile.tile_m);
+    }
+    fewest_rows = most_rows == INT_MAX ? kManyRows : most_rows;
   }
   TileChoice best = {};
   int64_t least = INT64_MAX;
   for (int tile = 0; tile < kNumWgmmaTiles; ++tile) {
     const WgmmaTile& t = kWgmmaTable[tile].tile;
-    if (!serves(problem, t) || (routed && t.tile_m != routed_rows)) continue;
+    if (!serves(problem, t) || t.tile_m < fewest_rows || t.tile_m > most_rows) continue;
     if (problem.gated && !t.can_gate()) continue;
     for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
       const TileChoice choice = choice_of(problem, tile, split_k);

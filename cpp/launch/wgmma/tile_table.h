@@ -14,7 +14,7 @@ struct WgmmaTileRow {
   int fixed;  // the rest of a piece of work: routing tables, first stages, stores
 };
 
-// tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups}
+// tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups, in_boxes}
 constexpr WgmmaTileRow kWgmmaTable[] = {
     // Few rows: a batch takes some 350 clocks however much it multiplies, so the more k16 steps in
     // one the better; two or three blocks an SM, where their stages fit, hide the rest.
@@ -23,16 +23,19 @@ constexpr WgmmaTileRow kWgmmaTable[] = {
     {{64, 2, 1, 2, 4, 1, 1}, 480, 480, 3500},
     // Twice the columns read x half as often; two column tiles a warpgroup serve gated products.
     {{32, 2, 2, 1, 1, 2, 1}, 800, 1600, 3500},
-    {{64, 4, 1, 1, 2, 1, 1}, 830, 830, 3500},
     {{64, 2, 2, 1, 2, 1, 1}, 830, 830, 3500},
     // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
     // narrow ones leave fewer multiprocessors idle in the last wave.
+    {{96, 2, 2, 1, 1, 1, 1}, 1090, 1090, 4500},
     {{128, 2, 1, 2, 4, 1, 1}, 680, 680, 3500},
     {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 4000},
     {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 4500},
+    // As many as registers hold the sums of: experts of about 128 rows, or 256, rarely have more
+    // than one block of these, or two.
+    {{144, 2, 2, 1, 1, 1, 1}, 1430, 1430, 4500},
     // Rows that are neighbours: products of twice the width, for which each weight is dequantized
     // half as often, and copies that take no threads.
-    {{256, 2, 1, 1, 2, 1, 1}, 1160, 1160, 4500},
+    {{256, 2, 1, 1, 2, 1, 1, true}, 1160, 1160, 4500},
 };
 constexpr int kNumWgmmaTiles = sizeof(kWgmmaTable) / sizeof(kWgmmaTable[0]);
 

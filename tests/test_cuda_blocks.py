@@ -1,0 +1,94 @@
+"""Routed products in blocks of more than 16 rows: experts of no row, of one, and of any number
+around the tiles' edges, in tiles and column counts that do not fit each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import problems
+import pytest
+from moe_layers import build_layer, expected
+
+import jax_marlin as jm
+from jax_marlin.ops.moe_matmul import Routing, routed_matmul
+
+H100 = {"sm_count": 132, "has_wgmma": True}
+# Rows of each expert, by what a block holds; products are of 16, 32 or 48 rows and their multiples.
+ROWS = {
+    32: (0, 1, 15, 16, 17, 31, 32, 33),
+    64: (0, 1, 16, 17, 33, 63, 64, 65),
+    96: (0, 1, 31, 32, 33, 64, 65, 95, 96, 97),
+    128: (0, 1, 33, 96, 97, 127, 128, 129),
+    144: (0, 1, 47, 48, 49, 95, 96, 97, 143, 144, 145, 289),
+    160: (0, 1, 128, 129, 159, 160, 161),  # more than a tile: 128 and a rest
+}
+TILES = {32: {32}, 64: {64}, 96: {96}, 128: {128}, 144: {144}, 160: {128}}
+FORMATS = {
+    "bfloat16": {"dtype": "bfloat16", "k": 200, "group_size": -1},
+    "float16_zeros": {"dtype": "float16", "k": 320, "group_size": 32, "zeros": "v1"},
+    "bfloat16_8bit": {"dtype": "bfloat16", "k": 136, "group_size": 64, "bits": 8, "zeros": "v2"},
+    "float16_8bit": {"dtype": "float16", "k": 192, "group_size": 64, "bits": 8},
+}  # fmt: skip
+
+
+def topk_ids(rows: tuple[int, ...]) -> np.ndarray:
+    """One expert a token, in random order, so that an expert's rows are no neighbours."""
+    ids = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
+    return np.random.default_rng(len(rows)).permutation(ids)[:, None]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("block", ROWS)
+def test_blocks_take_a_tile_of_their_size(block, gated):
+    extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
+    choice = extension.select_tile(2 * block, block, 200, 768, 4, 132, True, gated)
+    assert choice["wgmma"]
+    assert extension.wgmma_table()[choice["tile"]]["tile_m"] in TILES[block]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("out", [None, jnp.float32], ids=["", "float32_out"])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("block", ROWS)
+def test_products(block, kind, out):
+    rows, form = ROWS[block], FORMATS[kind]
+    ids = topk_ids(rows)
+    problem = problems.Problem(
+        f"blocks_of_{block}_{kind}", m=len(ids), n=392, top_k=1, num_experts=len(rows), bias=True,
+        **form,
+    )  # fmt: skip
+    case = problems.build(problem)
+    stack, x = problems.poison(case.stack(), ids), jnp.asarray(case.x)
+    routing = Routing(*map(jnp.asarray, problems.align(ids, block, len(rows))))
+    weights = jnp.asarray(case.topk_weights)
+
+    def run():
+        return routed_matmul(
+            x, stack, routing, moe_block_size=block, top_k=1, topk_weights=weights,
+            preferred_element_type=out, implementation="cuda",
+        )  # fmt: skip
+
+    got = np.asarray(jax.block_until_ready(run()))
+    assert got.tobytes() == np.asarray(run()).tobytes()
+    assert case.bias is not None
+    for expert, weight in enumerate(case.weights):
+        own = np.flatnonzero(ids[:, 0] == expert)
+        if own.size:
+            w, bias = case.topk_weights[own].astype(float), case.bias[expert].astype(float)
+            own_x = case.x[own].astype(float)
+            # What the rounding of the product may err, times the router's weight.
+            budget = oracle.matmul_budget(own_x, weight, problem.dtype, bias) * w
+            exact = oracle.matmul(own_x, weight, bias) * w
+            oracle.assert_within(got[own], exact, budget, f"expert {expert}")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("average", [70, 86, 112, 128, 140, 256, 280])
+def test_layers(average):
+    """Gate and up in one block; whatever the average, experts have fewer rows and more."""
+    layer = build_layer(
+        f"blocks_for_{average}_rows", m=average * 2, top_k=2, num_experts=4, intermediate=192,
+        k=96, n=200, group_size=32 if average % 4 else -1, dtype="bfloat16", bias=True,
+    )  # fmt: skip
+    out = jm.moe_ffn(layer.x, *layer.routes, *layer.stacks(), implementation="cuda")
+    oracle.assert_within(out, *expected(layer))
