@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -39,6 +40,26 @@ def unpack_on_mesh(
         for axis, size, part in zip(cut, weight.shape, parts, strict=True)
     ]
     return _compiled(weight, unpack, dtype, NamedSharding(tiles.mesh, PartitionSpec(*fits)))
+
+
+def row_on_mesh(leaf: jax.Array, index: Any) -> jax.Array:
+    """`leaf[index]`, the index clamped, on every device, whatever cuts the first axis of `leaf`."""
+    sharding = jax.typeof(leaf).sharding
+    if not explicit_axes(sharding.mesh) or sharding.spec[0] is None:
+        if isinstance(index, int):
+            return leaf[index]
+        index = jnp.clip(index, 0, leaf.shape[0] - 1)
+        return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+    whole = NamedSharding(sharding.mesh, PartitionSpec(*[None] * (leaf.ndim - 1)))
+    return _compiled((leaf, jnp.asarray(index, jnp.int32)), _held_row, None, whole)
+
+
+def _held_row(operand: tuple[jax.Array, jax.Array], _: None) -> jax.Array:
+    """A sum of one row and zeros: that row travels, and not all, as of an index they would."""
+    leaf, index = operand
+    rows = jnp.arange(leaf.shape[0], dtype=jnp.int32)
+    held = (rows == jnp.clip(index, 0, leaf.shape[0] - 1)).reshape(-1, *[1] * (leaf.ndim - 1))
+    return jnp.sum(jnp.where(held, leaf, jnp.zeros((), leaf.dtype)), axis=0, dtype=leaf.dtype)
 
 
 def unpair_on_mesh(columns: jax.Array, pairs: int) -> jax.Array:

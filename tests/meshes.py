@@ -25,8 +25,12 @@ def put(mesh: Mesh, array, *axes) -> jax.Array:
 def run(function, *arguments) -> tuple[jax.Array, list[Collective]]:
     """The result, and the collectives of the compiled program except those of token ids."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    found = [c for c in collectives_of(compiled.as_text() or "") if c.dtype != "s32"]
-    return compiled(*arguments), found
+    return compiled(*arguments), collectives(compiled)
+
+
+def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
+    """What travels in a program, except token ids."""
+    return [c for c in collectives_of(compiled.as_text() or "") if {*c.dtypes} != {"s32"}]
 
 
 def kinds(found: list[Collective]) -> list[str]:

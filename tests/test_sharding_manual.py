@@ -170,6 +170,6 @@ def test_gate_up_cut_without_pairs_is_refused():
     arrays = (gate_up.x, jnp.asarray(gate_up.topk_ids), jnp.asarray(gate_up.topk_weights))
     function = lambda *a: jax.lax.psum(jm.moe_ffn(*a), "tensor")  # noqa: E731
     with pytest.raises(
-        ValueError, match=r"gate_up holds 128 of its columns, .*shard\(..., gate_up="
+        ValueError, match=r"gate_up holds 128 of its 256 columns, .*shard\(..., gate_up="
     ):
         mapped(function, (P("data"), P("data"), P("data"), *specs), P("data"))(*arrays, *stacks)

@@ -24,6 +24,7 @@ class Collective(NamedTuple):
         devices: of one group.
         bytes_sent: what a device sends, at least, by the best known algorithm; of a ragged
             all-to-all, the most that it may send.
+        dtypes: of all results: compilers join collectives of one kind.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Collective(NamedTuple):
     shape: tuple[int, ...]
     devices: int
     bytes_sent: int
+    dtypes: tuple[str, ...]
 
 
 def collectives_of(hlo: str) -> list[Collective]:
@@ -62,7 +64,8 @@ def collectives_of(hlo: str) -> list[Collective]:
         devices = _devices(line)
         size = sum(_BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays)
         sent = _bytes_sent(call["kind"], size, devices)
-        found.append(Collective(call["kind"], *arrays[0], devices, sent))
+        dtypes = tuple(dtype for dtype, _ in arrays)
+        found.append(Collective(call["kind"], *arrays[0], devices, sent, dtypes))
     return found
 
 

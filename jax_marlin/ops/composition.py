@@ -48,7 +48,7 @@ def composed_layer(
             rows, stack, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=row_weights,
             weights_before_bias=weights_before_bias,
-            as_stored=True,
+            as_stored=name == "gate_up",
             zero_output=False,  # rows of dropped ids are masked below
             preferred_element_type=jnp.float32,
             implementation=implementation, where=f"{where}, in its product with {name}",

@@ -53,16 +53,18 @@ def dense_moe_matmul(
     weights_before_bias: bool,
     out_dtype: np.dtype,
     where: str,
+    pairs: int | None,
 ) -> jax.Array:
     """`reference.moe_matmul` of a dense stack; operands and result are the same.
 
-    `where` is the public op that error messages name.
+    `where` is the public op that error messages name; `pairs` is of gate|up columns that stay
+    paired, else None.
     """
     return _primitive.bind(
         x, stack.weight, or_empty(stack.bias, stack.dtype),
         sorted_token_ids, expert_ids, num_tokens_past_padded, topk_weights,
         moe_block_size=moe_block_size, top_k=top_k, weights_before_bias=weights_before_bias,
-        out_dtype=out_dtype, where=where, implementation=None, devices=needs_devices(),
+        out_dtype=out_dtype, where=where, pairs=pairs, implementation=None, devices=needs_devices(),
     )  # fmt: skip
 
 

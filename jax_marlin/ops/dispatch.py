@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jax_marlin.layout import TILE
 from jax_marlin.linear import MarlinLinear
 from jax_marlin.ops import checks
+from jax_marlin.ops.expert_numbers import check_own_experts
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
 from jax_marlin.ops.moe_matmul import Routing, routed_matmul
 from jax_marlin.weights import MarlinExpertStack
@@ -42,7 +43,9 @@ def gemm_phase_batched(
 
     Raises:
         TypeError: dtypes that do not fit.
-        ValueError: wrong shapes; host dispatches that are out of range or overlap.
+        ValueError: wrong shapes; host dispatches that are out of range or overlap; rows of x or
+            dispatches that an explicit mesh cuts; inside `jax.shard_map`, a packed stack's
+            experts vary over an axis that neither dispatches nor x do.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, jax_marlin as jm
@@ -56,6 +59,10 @@ def gemm_phase_batched(
     initial = None if out is None else _checked_out(jnp.asarray(out), x, stack)
     out_rows = x.shape[0] if initial is None else initial.shape[0]
     rows = _checked_dispatches(dispatches, stack.num_experts, x.shape[0], out_rows)
+    _check_whole("x", x)
+    _check_whole("dispatches", rows)
+    remedy = "dispatches of the experts that the device's own stack holds"
+    check_own_experts(stack, x, rows, "dispatches", remedy, where)
     if x.shape[0] == 0:
         return jnp.zeros((0, stack.n_per_expert), x.dtype) if initial is None else initial
 
@@ -211,6 +218,15 @@ def _checked_bias(bias: ArrayLike, width: int, stack: MarlinExpertStack) -> jax.
             f" stack; use bias.astype(jnp.{stack.dtype})"
         )
     return bias
+
+
+def _check_whole(name: str, array: jax.Array) -> None:
+    """A row of the result can come from any row of x: no device can do with a part of them."""
+    if any(jax.typeof(array).sharding.spec[:1]):
+        raise ValueError(
+            f"gemm_phase_batched: {name} has type {jax.typeof(array)}, expected its rows on every "
+            "device; use jax.sharding.reshard, or ragged_dot or moe_matmul, which take a part"
+        )
 
 
 def _checked_out(out: jax.Array, x: jax.Array, stack: MarlinExpertStack) -> jax.Array:

@@ -43,7 +43,7 @@ def layer_gradients(
         routed_matmul(
             x, half, routing,
             moe_block_size=moe_block_size, top_k=top_k, topk_weights=first,
-            weights_before_bias=weights_on_input, as_stored=True,
+            weights_before_bias=weights_on_input, as_stored=len(halves) == 1,
             preferred_element_type=jnp.float32,
             implementation=implementation, where=where,
         )

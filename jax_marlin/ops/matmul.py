@@ -14,7 +14,7 @@ from jax.interpreters import xla
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import layout, reference
-from jax_marlin.explicit_mesh import unpair_on_mesh
+from jax_marlin.explicit_mesh import row_on_mesh, unpair_on_mesh
 from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.gradients import differentiable, frozen, trained, vary_together
 from jax_marlin.ops.partitioning import needs_devices
@@ -105,7 +105,7 @@ def _compute(static: _Static, x, stack: MarlinExpertStack, own_bias, expert) -> 
     """Checked arguments to `[M, n]`, columns as stored; an own bias replaces the stack's."""
     spec = stack.held_spec
     if stack.perm is not None:
-        x = jnp.take(x, reference.of_expert(stack.perm, expert), axis=-1, mode="clip")
+        x = jnp.take(x, row_on_mesh(stack.perm, expert), axis=-1, mode="clip")
     return _primitive.bind(
         x,
         stack.qweight,

@@ -4,22 +4,18 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks, folding
 from jax_marlin.ops.activations import ACTIVATIONS
 from jax_marlin.ops.composition import composed_layer
-from jax_marlin.ops.dense_experts import check_dense
+from jax_marlin.ops.expert_numbers import check_own_experts
 from jax_marlin.ops.gradients import differentiable, trained, vary_together
+from jax_marlin.ops.layer_arguments import check_stacks, checked_routes
 from jax_marlin.ops.layer_call import can_fuse, fused_layer
 from jax_marlin.ops.layer_gradients import layer_gradients
-from jax_marlin.ops.moe_align_block_size import as_expert_ids
 from jax_marlin.ops.moe_matmul import ExpertStack
 from jax_marlin.ops.parallel_layer import layer_over_devices
-from jax_marlin.weights import MarlinExpertStack
 
 _WHERE = "moe_ffn"
 
@@ -50,13 +46,19 @@ def moe_ffn(
     pass's arithmetic, one dequantized expert in memory at a time. What is packed is frozen: scales
     get zeros, integers float0. Under `jax.vmap` a batch of tokens or of layers is one larger call.
 
+    Inside `jax.shard_map` the ids count the experts that the device's own stacks hold, unless
+    `expert_axis` is given. Ids of all experts beside packed stacks cut by expert are refused if ids
+    and x are the same on the devices that the experts are cut over; if these have tokens of their
+    own, or the stacks are dense, types cannot tell, and rows of other devices' experts are dropped.
+
     Args:
         x: `[..., H]` of the stacks' dtype.
         topk_ids: `[..., top_k]` integers, as `route` returns them.
         topk_weights: `[..., top_k]` floating point.
         gate_up: a stack `[E, H, 2I]`, columns first all of gate, then all of up; or the pair
             (gate, up) of stacks `[E, H, I]`, for act-order experts whose gate and up are permuted
-            differently. Any stack may be a `DenseExpertStack`, which runs in plain JAX.
+            differently. Any stack may be a `DenseExpertStack`, which runs in plain JAX. Columns of
+            one stack that devices share are paired by `shard(..., gate_up=True)`, no others.
         down: a stack `[E, I, N]`; N is H in every model.
         activation: "silu" (SwiGLU), "gelu" (exact, erf; torch's "gelu"), "gelu_tanh" (torch's
             "gelu_pytorch_tanh", the default of `jax.nn.gelu`), or gpt-oss's "swiglu_clamped":
@@ -79,7 +81,8 @@ def moe_ffn(
         TypeError: ids that are not integers or weights that are not floating point (perhaps they
             are swapped); stacks of another dtype than x.
         ValueError: shapes that do not fit, an unknown activation, host ids out of range, an axis
-            over which an operand is not cut as it must be.
+            over which an operand is not cut as it must be, ids that cannot count a device's own
+            experts.
         NotImplementedError: `implementation="cuda"` cannot run here.
 
     Example:
@@ -107,10 +110,13 @@ def moe_ffn(
             f"{_WHERE}: activation is {activation!r}, expected one of {sorted(ACTIVATIONS)}"
         )
     halves = tuple(gate_up) if isinstance(gate_up, tuple | list) else (gate_up,)
-    _check_stacks(halves, down, implementation)
+    check_stacks(halves, down, implementation)
     x = checks.check_x(x, halves[0].k, halves[0].dtype, _WHERE)
     checks.check_implementation(implementation, x.dtype, _WHERE)
-    ids, weights = _checked_routes(x.shape[:-1], topk_ids, topk_weights, down.num_experts)
+    ids, weights = checked_routes(x.shape[:-1], topk_ids, topk_weights, down.num_experts)
+    for stack in (*halves, down):
+        of = "down" if stack is down else "gate_up"
+        check_own_experts(stack, x, ids, "topk_ids", "expert_axis", _WHERE, of)
 
     x2 = checks.check_foldable(x, x.ndim - 1, "x", _WHERE).reshape(-1, x.shape[-1])
     layer = _Layer(activation, bool(weights_on_input), implementation)
@@ -197,83 +203,3 @@ def _one_by_one(layer, in_batched, *args):
         return layer(*jax.tree.unflatten(tree, filled))
 
     return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])
-
-
-def _check_stacks(halves: tuple, down: ExpertStack, implementation: str | None) -> None:
-    names = {1: ("gate_up",), 2: ("gate", "up")}.get(len(halves))
-    if names is None:
-        raise ValueError(
-            f"{_WHERE}: gate_up holds {len(halves)} stacks, expected one or the pair (gate, up)"
-        )
-    for name, stack in zip((*names, "down"), (*halves, down), strict=True):
-        if isinstance(stack, DenseExpertStack):
-            check_dense(stack, _WHERE, implementation)
-        elif not isinstance(stack, MarlinExpertStack) or stack.is_single:
-            raise TypeError(
-                f"{_WHERE}: {name} is {type(stack).__name__}, expected a MarlinExpertStack with an"
-                " expert axis (see jm.load_gptq_stacked)"
-            )
-        else:
-            checks.check_leaves(stack, _WHERE)
-    letters, width = ("I", down.k) if len(halves) == 2 else ("2I", 2 * down.k)
-    expected = (down.num_experts, halves[0].k, width)
-    for name, half in zip(names, halves, strict=True):
-        if half.shape != expected:
-            raise ValueError(
-                f"{_WHERE}: {name} has shape {half.shape}, expected (E, H, {letters}) = {expected}"
-                f" beside down (E, I, N) = {down.shape}"
-            )
-        if len(halves) == 1:
-            _check_pairs(half)
-        if half.dtype != down.dtype:
-            raise TypeError(
-                f"{_WHERE}: {name} computes in {half.dtype} and down in {down.dtype}; use"
-                f" {name}.astype(jnp.{down.dtype})"
-            )
-
-
-def _check_pairs(gate_up: ExpertStack) -> None:
-    """Refuses a shard of gate|up columns that is no whole number of pairs."""
-    n, width = gate_up.n_per_expert, gate_up.pair_width
-    whole = gate_up.spec.n if isinstance(gate_up, MarlinExpertStack) else n
-    if n % (whole if width is None else width):
-        raise ValueError(
-            f"{_WHERE}: gate_up holds {n} of its columns, which are no part of gate with the same "
-            "part of up; cut them by jax_marlin.shard(..., gate_up=True), or pass (gate, up)"
-        )
-
-
-def _checked_routes(
-    token_shape: tuple[int, ...],
-    topk_ids: checks.Integers,
-    topk_weights: ArrayLike,
-    num_experts: int,
-) -> tuple[jax.Array, jax.Array]:
-    """(ids int32, weights float32), each `[T, top_k]`; host ids are checked, device ids are not."""
-    ids = topk_ids if isinstance(topk_ids, jax.Array) else np.asarray(topk_ids)
-    weights = jnp.asarray(topk_weights)
-    for name, array, kind in (
-        ("topk_ids", ids, jnp.integer),
-        ("topk_weights", weights, jnp.floating),
-    ):
-        if not jnp.issubdtype(array.dtype, kind):
-            raise TypeError(
-                f"{_WHERE}: {name} has dtype {array.dtype}, expected {kind.__name__}; are topk_ids"
-                " and topk_weights swapped? (route returns topk_weights, topk_ids)"
-            )
-    if ids.ndim == 0 or ids.shape[:-1] != token_shape or ids.shape[-1] == 0:
-        raise ValueError(
-            f"{_WHERE}: topk_ids has shape {ids.shape}, expected (..., top_k) with x's leading axes"
-            f" {token_shape} and top_k >= 1"
-        )
-    if weights.shape != ids.shape:
-        raise ValueError(
-            f"{_WHERE}: topk_weights has shape {weights.shape}, expected that of topk_ids,"
-            f" {ids.shape}"
-        )
-    for name, array in (("topk_ids", ids), ("topk_weights", weights)):
-        if isinstance(array, jax.Array):
-            checks.check_foldable(array, array.ndim, name, _WHERE)
-    rows = (-1, ids.shape[-1])
-    ids = as_expert_ids(ids.reshape(rows), num_experts, _WHERE)
-    return ids, weights.astype(jnp.float32).reshape(rows)

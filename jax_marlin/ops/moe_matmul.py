@@ -12,9 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
-from jax_marlin.explicit_mesh import unpair_on_mesh
+from jax_marlin.explicit_mesh import row_on_mesh, unpair_on_mesh
 from jax_marlin.ops import checks, ffi_targets, folding, sharding_rules
 from jax_marlin.ops.dense_experts import check_dense, dense_moe_matmul
+from jax_marlin.ops.expert_numbers import check_own_experts
 from jax_marlin.ops.gradients import (
     differentiable,
     routed_gradients,
@@ -62,7 +63,8 @@ def moe_matmul(
         sorted_token_ids: int32[L]; slot id s reads `x[s // top_k]` and writes row s of the result;
             ids outside [0, T * top_k) are padding.
         expert_ids: int32[B]; expert of each block of `moe_block_size` slots. -1 skips the block;
-            on the device, so does any id outside [0, E).
+            on the device, so does any id outside [0, E). Inside `jax.shard_map` they count the
+            experts that the device's own stack holds: see `expert_map` of `moe_align_block_size`.
         num_tokens_past_padded: int32[1]; slots in use, a multiple of `moe_block_size`.
         moe_block_size: slots of one block.
         top_k: routed rows of one row of x.
@@ -73,7 +75,8 @@ def moe_matmul(
 
     Raises:
         TypeError: x has another dtype than the stack, or ids are not integers.
-        ValueError: a shape does not fit, or a host array holds an expert id outside [-1, E).
+        ValueError: a shape does not fit, or a host array holds an expert id outside [-1, E); inside
+            `jax.shard_map`, a packed stack's experts vary over an axis that neither ids nor x do.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, jax_marlin as jm
@@ -110,7 +113,8 @@ def routed_matmul(
         x, stack, routing, moe_block_size, top_k, topk_weights: as in `moe_matmul`.
         weights_before_bias: acc * w + bias in place of (acc + bias) * w.
         zero_output: False leaves rows that no used slot names undefined.
-        as_stored: gate|up columns that are paired for several devices stay paired.
+        as_stored: the stack is gate|up, whose columns stay as they are paired for several devices,
+            and are cut into whole pairs alone.
         preferred_element_type: dtype of the result; None means `x.dtype`.
         implementation: None, "cuda" or "xla".
         where: public op that error messages name.
@@ -131,11 +135,13 @@ def routed_matmul(
     moe_block_size = checks.check_positive(moe_block_size, "moe_block_size", where)
     top_k = checks.check_positive(top_k, "top_k", where)
     slots, expert_ids, used = check_routing(routing, stack.num_experts, moe_block_size, where)
+    remedy = "moe_align_block_size(..., expert_map=...) with the device's own numbers"
+    check_own_experts(stack, x, expert_ids, "expert_ids", remedy, where)
     written, wanted = checks.result_dtypes(x.dtype, preferred_element_type, where)
     row_weights = flat_weights(topk_weights, x.shape[0], top_k, where)
     static = _Static(
         moe_block_size, top_k, bool(weights_before_bias), bool(zero_output), written,
-        implementation, where,
+        implementation, where, stack.pairs if as_stored else None,
     )  # fmt: skip
     out = _product(static, *vary_together(x, stack, slots, expert_ids, used, row_weights))
     return (out if as_stored else unpair_on_mesh(out, stack.pairs)).astype(wanted)
@@ -149,6 +155,7 @@ class _Static(NamedTuple):
     out_dtype: np.dtype
     implementation: str | None
     where: str
+    pairs: int | None  # of gate|up columns that stay paired
 
 
 def _compute(
@@ -160,12 +167,12 @@ def _compute(
             x, stack, slots, expert_ids, used, row_weights,
             moe_block_size=static.moe_block_size, top_k=static.top_k,
             weights_before_bias=static.weights_before_bias, out_dtype=static.out_dtype,
-            where=static.where,
+            where=static.where, pairs=static.pairs,
         )  # fmt: skip
     spec, perm = stack.held_spec, stack.perm
     if perm is not None and spec.shared_perm:
         # One gather of x for all experts, and none for each routed row.
-        x, perm = jnp.take(x, perm[0], axis=-1, mode="clip"), None
+        x, perm = jnp.take(x, row_on_mesh(perm, 0), axis=-1, mode="clip"), None
     return _primitive.bind(
         x,
         stack.qweight,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import token_exchange
 from jax_marlin.ops.moe_align_block_size import as_expert_ids
-from jax_marlin.ops.sharding_rules import own_ids
+from jax_marlin.ops.sharding_rules import PAIR, own_ids
 from jax_marlin.sharding import bias_on_first
 
 _WHERE = "moe_ffn"
@@ -122,7 +122,6 @@ def _check_paired(axis: str, halves: tuple) -> None:
     unpaired = isinstance(first, DenseExpertStack) and first.pair_width is None
     if len(halves) == 1 and unpaired and jax.lax.axis_size(axis) > 1:
         raise ValueError(
-            f"{_WHERE}: gate_up, cut over tensor_axis {axis!r}, does not say that each device has "
-            "a part of gate and the same part of up; use jax_marlin.shard(..., gate_up=True), or "
-            "the pair (gate, up)"
+            f"{_WHERE}: gate_up is cut over tensor_axis {axis!r}, its columns are not paired, and "
+            f"{PAIR}"
         )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,7 @@ class Scheme(NamedTuple):
     parts: dict[str, int]  # into how many equal parts a factor can be cut, at most
     names: tuple[str, ...]  # of the operands
     packed: frozenset[int]  # operands that are never moved between devices
+    reasons: Mapping[str, str] = MappingProxyType({})  # why a factor has so few parts, the remedy
 
 
 class Partitioning(NamedTuple):
@@ -240,12 +242,15 @@ def _assign(
                 if axes.setdefault(factor, names) == names:
                     continue
             if is_kept:
+                reason = scheme.reasons.get(factor or "") if parts % devices else None
+                reason = reason or (
+                    f"it has at most {parts} equal parts (of whole tiles, quantization groups and "
+                    "gate|up pairs; rows in act-order are one), and must be cut as the other "
+                    "operands are, by a mesh axis of its own; place weights by jax_marlin.shard "
+                    "(gate|up with gate_up=True), or reshard"
+                )
                 raise ValueError(
                     f"{where}: {name} {list(array.shape)} has sharding {array.sharding.spec}, and "
-                    f"its axis {axis} cannot be cut over {', '.join(names)} here: it has at most "
-                    f"{parts} equal parts (of whole tiles, quantization groups and gate|up pairs; "
-                    "rows in act-order are one), and must be cut as the other operands are, by a "
-                    "mesh axis of its own; place weights by jax_marlin.shard (gate|up with "
-                    "gate_up=True), or reshard"
+                    f"its axis {axis} cannot be cut over {', '.join(names)} here: {reason}"
                 )
     return axes

@@ -69,7 +69,7 @@ def register_lowerings(
     Args:
         primitive: takes a parameter `implementation`: None, "cuda" or "xla"; with a `partitioning`,
             also `devices`, see `partitioning.needs_devices`, and perhaps `where`, the op that
-            errors name in place of the partitioning's.
+            errors name in place of the partitioning's, and `pairs` of gate|up columns.
         default: plain JAX; called with the operands and the other parameters.
         custom_call: the same in terms of `jax.ffi.ffi_call`.
         has_kernel: `(result avals, *operand avals, **parameters)` to whether our kernels take it.
@@ -110,7 +110,7 @@ def _on_each_device(primitive: Primitive, rule: Callable, partitioning: Partitio
     def lower(ctx, *operands, **params):
         call = partitioned(primitive.bind, partitioning, params, ctx)
         if call is None:
-            own = {n: value for n, value in params.items() if n not in ("devices", "where")}
+            own = {n: v for n, v in params.items() if n not in ("devices", "where", "pairs")}
             return rule(ctx, *operands, **own)
         return mlir.lower_fun(call, multiple_results=False)(ctx, *operands)
 

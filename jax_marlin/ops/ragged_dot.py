@@ -9,6 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_marlin.dense_stack import DenseExpertStack
 from jax_marlin.ops import checks
 from jax_marlin.ops.dense_experts import check_dense
+from jax_marlin.ops.expert_numbers import check_own_experts
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
 from jax_marlin.ops.moe_matmul import ExpertStack, Routing, routed_matmul
 
@@ -42,7 +43,8 @@ def ragged_dot(
             It is checked and changes nothing: accumulation is always float32.
         preferred_element_type: dtype of the result; None is x's.
         group_offset: integer scalar or `[1]`: the stack's expert e is group group_offset + e. For a
-            stack that holds some of the G groups; rows of the other groups are zero.
+            stack that holds some of the G groups; rows of the other groups are zero. Inside
+            `jax.shard_map` a stack cut by expert is one: `jax.lax.axis_index(axis) * E`.
         implementation: None chooses; "cuda" or "xla" run or raise.
 
     Returns:
@@ -50,7 +52,9 @@ def ragged_dot(
 
     Raises:
         TypeError: a dtype that does not fit; x of another dtype than the stack.
-        ValueError: wrong shapes; host group sizes that are negative or exceed M.
+        ValueError: wrong shapes; host group sizes that are negative or exceed M; inside
+            `jax.shard_map`, a packed stack's experts vary over an axis that neither sizes,
+            offset nor x do.
         NotImplementedError: `implementation="cuda"` cannot run, or precision is a dot algorithm.
 
     Example:
@@ -75,6 +79,8 @@ def ragged_dot(
     expert = _group_of_row(sizes, num_rows)
     if group_offset is not None:
         expert = _shifted(expert, _checked_offset(group_offset))
+    remedy = "group_offset=jax.lax.axis_index(axis) * stack.num_experts"
+    check_own_experts(stack, x, expert, "group_sizes", remedy, _WHERE)
 
     moe_block_size = select_moe_block_size(num_rows, 1, num_experts)
     routing = Routing(

@@ -19,6 +19,10 @@ _WEIGHT = ("qweight", "scales", "zero_points")
 _LEAVES = (*_WEIGHT, "perm", "bias")
 _ROUTING = ("sorted_token_ids", "expert_ids", "num_tokens_past_padded", "topk_weights")
 _PACKED = frozenset({1, 2, 3})
+PAIR = (
+    "a device needs a part of gate and the same part of up; place gate_up by "
+    "jax_marlin.shard(..., gate_up=True), or pass the pair (gate, up)"
+)
 
 
 def matmul(bind: Callable) -> Partitioning:
@@ -64,8 +68,9 @@ def moe_matmul(bind: Callable) -> Partitioning:
     def scheme(operands, params):
         x, qweight, scales, zero_points, perm, bias, *_ = (operand.shape for operand in operands)
         spec = _spec(params)
+        columns, reasons = _columns(params["pairs"], spec.n_parts)
         parts = {
-            "t": x[0], "e": qweight[0], "n": spec.n_parts,
+            "t": x[0], "e": qweight[0], "n": columns,
             "k": 1 if perm[0] else spec.k_parts,  # in act-order a device needs the whole row of x
         }  # fmt: skip
         row_weights = operands[9].shape
@@ -77,7 +82,7 @@ def moe_matmul(bind: Callable) -> Partitioning:
                 (None,), (None,), (None,), ("t" if row_weights[0] else None,),
             ),
             ("t", "n"), parts,
-            ("x", *_LEAVES, *_ROUTING), _PACKED,
+            ("x", *_LEAVES, *_ROUTING), _PACKED, reasons,
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
@@ -99,15 +104,15 @@ def dense_moe_matmul(bind: Callable) -> Partitioning:
     """Operands: x [T, K], weight [E, K, N], bias [E, N], three of routing, weights."""
 
     def scheme(operands, params):
-        del params
         x, weight, bias, *_, row_weights = (operand.shape for operand in operands)
+        columns, reasons = _columns(params["pairs"], weight[2])
         return Scheme(
             (
                 ("t", "k"), ("e", "k", "n"), ("e", "n")[: len(bias)] if bias[0] else (None,),
                 (None,), (None,), (None,), ("t" if row_weights[0] else None,),
             ),
-            ("t", "n"), {"t": x[0], "e": weight[0], "k": weight[1], "n": weight[2]},
-            ("x", "weight", "bias", *_ROUTING), frozenset({1}),
+            ("t", "n"), {"t": x[0], "e": weight[0], "k": weight[1], "n": columns},
+            ("x", "weight", "bias", *_ROUTING), frozenset({1}), reasons,
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
@@ -150,7 +155,7 @@ def moe_ffn(bind: Callable) -> Partitioning:
                 *leaves(gate_up, 3, "i", None), *leaves(down, 8, "n", "i"),
             ),
             ("t", "n"), parts, ("x", "topk_ids", "topk_weights", *names),
-            frozenset({3, 4, 5, 8, 9, 10}),
+            frozenset({3, 4, 5, 8, 9, 10}), {"i": _paired_for(pairs)} if fits else {},
         )  # fmt: skip
 
     def local(axes: Axes, operands, params):
@@ -169,6 +174,16 @@ def moe_ffn(bind: Callable) -> Partitioning:
 
 def _spec(params) -> QuantSpec:
     return QuantSpec(params["bits"], params["group_size"], params["k"], params["n"])
+
+
+def _columns(pairs: int | None, parts: int) -> tuple[int, dict[str, str]]:
+    """Into how many parts columns can be cut, gate|up's into whole pairs, and why."""
+    return (parts, {}) if pairs is None else (pairs, {"n": _paired_for(pairs)})
+
+
+def _paired_for(pairs: int) -> str:
+    paired = f"paired for {pairs} devices" if pairs > 1 else "not paired"
+    return f"gate_up's columns are {paired}, and {PAIR}"
 
 
 def _sizes(spec: QuantSpec) -> dict[str, int]:

@@ -10,6 +10,7 @@ from jax.interpreters import xla
 
 from jax_marlin import reference
 from jax_marlin.dense_stack import DenseExpertStack
+from jax_marlin.explicit_mesh import row_on_mesh
 from jax_marlin.layout import TILE
 from jax_marlin.ops import ffi_targets, folding, gradient_sharding_rules
 from jax_marlin.ops.moe_align_block_size import align_routed_rows, select_moe_block_size
@@ -63,7 +64,7 @@ def transposed_product(
     else:
         spec, perm = stack.held_spec, stack.perm
         # As in the forward pass: one gather for all experts, where they share it.
-        order = perm[0] if perm is not None and spec.shared_perm else None
+        order = row_on_mesh(perm, 0) if perm is not None and spec.shared_perm else None
         perm = or_empty(None if order is not None else perm, jnp.int32)
         zero_points = or_empty(stack.zero_points, stack.dtype)
         leaves = (stack.qweight, stack.scales, zero_points, perm)
