@@ -107,7 +107,7 @@ def scratch_bytes(
         m: tokens, rows of x.
         w: a weight for `matmul`, or a stack for `moe_matmul`.
         top_k: experts of a token (stacks only).
-        moe_block_size: slots of a block (stacks only); None as `moe_ffn` chooses.
+        moe_block_size: slots of a block (stacks only); None as `ragged_dot` chooses.
 
     Returns:
         Bytes.

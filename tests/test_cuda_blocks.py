@@ -12,7 +12,6 @@ from moe_layers import build_layer, expected
 import jax_marlin as jm
 from jax_marlin.ops.moe_matmul import Routing, routed_matmul
 
-H100 = {"sm_count": 132, "has_wgmma": True}
 # Rows of each expert, by what a block holds; products are of 16, 32 or 48 rows and their multiples.
 ROWS = {
     32: (0, 1, 15, 16, 17, 31, 32, 33),
@@ -80,6 +79,55 @@ def test_products(block, kind, out):
             budget = oracle.matmul_budget(own_x, weight, problem.dtype, bias) * w
             exact = oracle.matmul(own_x, weight, bias) * w
             oracle.assert_within(got[own], exact, budget, f"expert {expert}")
+
+
+# (block, K) of one block of rows by 64 columns, of which parts of K meet in a cluster.
+PARTS = {(96, 2048): 2, (96, 8192): 4, (144, 2048): 2, (144, 8192): 4}
+
+
+@pytest.mark.parametrize(("block", "k"), PARTS)
+def test_few_columns_split_k(block, k):
+    extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
+    choice = extension.select_tile(block, block, k, 64, 4, 132, True)
+    tile = extension.wgmma_table()[choice["tile"]]["tile_m"]
+    assert choice["wgmma"] and (tile, choice["split_k"]) == (block, PARTS[block, k])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("block", "k"), PARTS)
+def test_parts_of_k(block, k):
+    problem = problems.Problem(
+        f"parts_of_{block}_rows", m=block, k=k, n=64, group_size=64, num_experts=1, top_k=1,
+        dtype="bfloat16", bias=True,
+    )  # fmt: skip
+    case = problems.build(problem)
+    routing = (np.arange(block), np.zeros(1), np.full(1, block))
+    out = routed_matmul(
+        jnp.asarray(case.x), case.stack(),
+        Routing(*(jnp.asarray(a, jnp.int32) for a in routing)), moe_block_size=block, top_k=1,
+        implementation="cuda",
+    )  # fmt: skip
+    x, weight = case.x.astype(float), case.weights[0]
+    assert case.bias is not None
+    bias = case.bias[0].astype(float)
+    budget = oracle.matmul_budget(x, weight, problem.dtype, bias)
+    oracle.assert_within(out, oracle.matmul(x, weight, bias), budget)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu_clamped"])
+@pytest.mark.parametrize("average", [70, 128])
+def test_activations(average, activation):
+    """Others than silu are applied to sums in shared memory, not in registers."""
+    layer = build_layer(
+        f"blocks_for_{average}_rows", m=average * 2, top_k=2, num_experts=4, intermediate=192,
+        k=96, n=200, group_size=32, dtype="bfloat16", bias=True,
+    )  # fmt: skip
+    out = jm.moe_ffn(
+        layer.x, *layer.routes, *layer.stacks(), activation=activation,
+        implementation="cuda",
+    )  # fmt: skip
+    oracle.assert_within(out, *expected(layer, activation))
 
 
 @pytest.mark.cuda

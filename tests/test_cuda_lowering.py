@@ -118,10 +118,10 @@ def test_moe_matmul(extension):
     custom_call(text, "jax_marlin_moe_align_block_size_v1")
 
 
-def layer_stacks(intermediate=96, **changes):
-    """gate_up [3, 96, 2I] and down [3, I, 200]."""
+def layer_stacks(intermediate=96, k=96, **changes):
+    """gate_up [3, K, 2I] and down [3, I, 200]."""
     size: dict[str, Any] = {"m": 7, "group_size": 32} | changes
-    gate_up = problems.build(problems.Problem("gate_up", k=96, n=2 * intermediate, **size))
+    gate_up = problems.build(problems.Problem("gate_up", k=k, n=2 * intermediate, **size))
     down = problems.build(problems.Problem("down", k=intermediate, n=200, **size))
     return jnp.asarray(gate_up.x), gate_up.stack(), down.stack()
 
@@ -176,11 +176,11 @@ def test_layers_of_many_columns_come_in_the_order_of_slots(extension):
         ids = jnp.zeros((768, 2), jnp.int32)
         return moe_ffn(x, ids, ids.astype(jnp.float32), *stacks)
 
-    stacks = layer_stacks(m=768, dtype="bfloat16", intermediate=2048)
+    stacks = layer_stacks(m=768, dtype="bfloat16", intermediate=2048, k=512)
     attributes, _, results = custom_call(lowered(layer, *stacks), "jax_marlin_moe_ffn_v1")
-    # Rows of 200 before their sum, and as many bytes as x takes in 2,301 slots of 96.
+    # x takes 2,301 slots of 512, in place of which rows of 200 come before their sum.
     assert attributes["moe_block_size"] == 256
-    assert results[1:3] == ["2301x2048xbf16", "1536x200xbf16"]
+    assert results[1:3] == ["2301x2048xbf16", "5891x200xbf16"]
 
 
 def test_layers_that_one_call_cannot_take_are_composed(extension):

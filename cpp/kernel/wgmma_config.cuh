@@ -35,10 +35,10 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kWidths = kTileM / kWidthStep;
 
   // Rows whose sums are in shared memory at once, to be transposed and, split K, exchanged.
-  static constexpr int kMostOfChunk = 64 / kGroupTiles;
-  static constexpr int kChunk = kTileM < kMostOfChunk        ? kTileM
-                                : kTileM % kMostOfChunk == 0 ? kMostOfChunk
-                                                             : kWidthStep;
+  static constexpr int kUsualChunk = 64 / kGroupTiles;
+  static constexpr int kChunk = kTileM < kUsualChunk        ? kTileM
+                                : kTileM % kUsualChunk == 0 ? kUsualChunk
+                                                            : kWidthStep;
   // 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
   static constexpr int kSumPitch = kGroupColumns + 4;
   // Or two slots of rows on their way out, the narrow ones: wgmma_row_store.cuh.

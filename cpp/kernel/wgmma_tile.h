@@ -7,7 +7,7 @@ namespace jax_marlin {
 
 // tile_m rows by 64 * groups * group_tiles columns. Some warpgroups copy, `groups` others multiply.
 struct WgmmaTile {
-  int tile_m;       // rows of x: 16, or a multiple of 32
+  int tile_m;       // rows of x, a multiple of 16 that width_step divides
   int groups;       // warpgroups that multiply, each its own columns
   int group_tiles;  // packed column tiles of one of them
   int stage_tiles;  // packed K tiles of one stage

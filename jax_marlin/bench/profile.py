@@ -34,7 +34,7 @@ PARTS = {
     "self_attn": "attention, rotation, cache",
     "router": "router",
     "experts": "experts",
-    "mlp": "dense MLP",
+    "mlp": "MLP besides experts",
     "norms": "norms",
     "lm_head": "lm_head",
     "sampling": "sampling",

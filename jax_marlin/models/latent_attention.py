@@ -83,9 +83,11 @@ class LatentAttention:
         c, (batch, seq, _) = self.config, x.shape
         nope = c.head_dim - c.qk_rope_head_dim
         positions = jnp.arange(seq, dtype=jnp.int32) + (0 if start is None else start)
-        q = self._queries(x).reshape(batch, seq, c.num_attention_heads, c.head_dim)
+        with jax.named_scope("qkv_proj"):
+            q, kv = self._queries(x), self.kv_a_proj_with_mqa(x)
+        q = q.reshape(batch, seq, c.num_attention_heads, c.head_dim)
         q, q_rope = q[..., :nope], self._rotated(q[..., nope:], positions)
-        latent, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
+        latent, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
         latent = rms_norm(latent, self.kv_a_layernorm, _LATENT_EPS)
         k_rope = self._rotated(k_rope[:, :, None], positions)[:, :, 0]
         kept = updated(past, (jnp.concatenate([latent, k_rope], axis=-1),), start)
@@ -96,7 +98,8 @@ class LatentAttention:
             heads = self._expanded(q, q_rope, latent, k_rope)
         else:
             heads = self._absorbed(q, q_rope, kept[0], start)
-        return self.o_proj(heads), kept
+        with jax.named_scope("o_proj"):
+            return self.o_proj(heads), kept
 
     def _expanded(
         self, q: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array

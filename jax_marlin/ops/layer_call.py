@@ -32,8 +32,8 @@ from jax_marlin.weights import MarlinExpertStack
 TARGET = "jax_marlin_moe_ffn_v1"
 # Moe block sizes from which on memory and tensor cores, not launches, are what a layer waits for.
 _NARROW_ROWS = 64  # rows before their sum are bfloat16, each rounded once, as their sum is
-_BY_SLOT = 256  # hidden lies in the order of slots
-# Columns of gate_up from which on x goes to the order of slots, too: the kernels' kColumnsForSlots.
+_BY_SLOT = 256  # x and hidden lie in the order of slots
+# Columns of gate_up that repay bringing x there: the kernels' kColumnsForSlots.
 _SORTED_X_COLUMNS = 4096
 _FRAGMENT = 16  # a block of the kernel pairs 16 columns of gate with the same 16 of up
 
@@ -143,19 +143,19 @@ def _custom_call(
     )
     # Not float16: a row may be larger than that holds while the sum is not.
     narrow = moe_block_size >= _NARROW_ROWS and x.dtype == jnp.bfloat16
-    # Copies find rows of a block side by side where hidden lies in the order of slots, padding
-    # between them. Act-order moves its rows anyway.
-    by_slot = moe_block_size >= _BY_SLOT and not leaves[8].size
+    # Copies find rows of a block side by side where they lie in the order of slots, padding between
+    # them. Act-order moves its rows anyway.
+    by_slot = moe_block_size == _BY_SLOT
     row_dtype = x.dtype if narrow else np.dtype(np.float32)
     num_rows = routes
-    if moe_block_size >= _BY_SLOT and gate_up_spec.n >= _SORTED_X_COLUMNS:
+    if by_slot:
         # x in the order of slots takes the place of these rows until they are written.
         row_bytes = down_spec.n * row_dtype.itemsize
         with_room = max(routes, -(-num_slots * x.shape[1] * x.dtype.itemsize // row_bytes))
         num_rows = with_room if with_room < 2**31 else routes
     results = [
         ((num_tokens, down_spec.n), x.dtype),
-        ((num_slots if by_slot else routes, down_spec.k), x.dtype),  # hidden
+        ((num_slots if by_slot and not leaves[8].size else routes, down_spec.k), x.dtype),  # hidden
         # Weighted rows, unless down sums them.
         ((num_rows, down_spec.n), row_dtype),
         ((routes, x.shape[1]) if leaves[3].size else (0,), x.dtype),  # x in act-order

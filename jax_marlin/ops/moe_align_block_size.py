@@ -161,7 +161,8 @@ def select_moe_block_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     experts have more, 96, or that of 128 and 144 of which fewer blocks hold what all but a sixth of
     them have: a few rows in a block of their own cost as much as half a block.
 
-    A function of static shapes only. A symbolic number of tokens (`jax.export`) gets 64.
+    A function of static shapes only, and meant for Hopper, where 96 and 144 are one tile; elsewhere
+    they are two and three of 64 rows. A symbolic number of tokens (`jax.export`) gets 64.
 
     >>> [select_moe_block_size(tokens, 8, 128) for tokens in (1, 64, 512, 1024, 1536, 2048, 4096)]
     [4, 8, 64, 96, 128, 144, 144]
@@ -173,7 +174,7 @@ def select_moe_block_size(num_tokens: int, top_k: int, num_experts: int) -> int:
     for moe_block_size in (8, 16, 32, 64):
         if 10 * num_tokens * top_k <= 9 * moe_block_size * num_experts:
             return moe_block_size
-    average = num_tokens * top_k / num_experts
+    average = num_tokens * top_k / max(num_experts, 1)
     most = average + math.sqrt(average)  # one standard deviation more, where tokens choose freely
     return 96 if most <= 96 else min((128, 144), key=lambda size: math.ceil(most / size))
 

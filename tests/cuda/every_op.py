@@ -63,10 +63,10 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
             result = jax.jit(operation)(x, topk_weights, topk_ids, counts)
             assert np.isfinite(np.asarray(result).astype(np.float32)).all()
             print(f"{name} of {rows} rows ran", flush=True)
-    # Blocks of 128 rows, and of 256 with hidden in the order of slots; then with x, too, which two
+    # Blocks of 96, 128 and 144 rows; then of 256 with x and hidden in the order of slots, which two
     # blocks share, and parts of K that meet in a cluster. There racecheck reports every slot of a
     # ring that is filled again, for it does not follow arrivals from another block.
-    layers = [(300, 3, (wide, narrow)), (530, 1, (one, flat))]
+    layers = [(80, 3, (wide, narrow)), (300, 3, (wide, narrow)), (530, 1, (one, flat))]
     if tool != "racecheck":
         layers.append((530, 1, (tall, deep)))
     for rows, experts, layer in layers:

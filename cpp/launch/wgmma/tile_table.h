@@ -30,8 +30,8 @@ constexpr WgmmaTileRow kWgmmaTable[] = {
     {{128, 2, 1, 2, 4, 1, 1}, 680, 680, 3500},
     {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 4000},
     {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 4500},
-    // As many as registers hold the sums of: experts of about 128 rows, or 256, rarely have more
-    // than one block of these, or two.
+    // About as many as registers hold the sums of: experts of about 128 rows, or 256, rarely have
+    // more than one block of these, or two.
     {{144, 2, 2, 1, 1, 1, 1}, 1430, 1430, 4500},
     // Rows that are neighbours: products of twice the width, for which each weight is dequantized
     // half as often, and copies that take no threads.
