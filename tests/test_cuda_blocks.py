@@ -81,37 +81,17 @@ def test_products(block, kind, out):
             oracle.assert_within(got[own], exact, budget, f"expert {expert}")
 
 
-# (block, K) of one block of rows by 64 columns, of which parts of K meet in a cluster.
-PARTS = {(96, 2048): 2, (96, 8192): 4, (144, 2048): 2, (144, 8192): 4}
-
-
-@pytest.mark.parametrize(("block", "k"), PARTS)
-def test_few_columns_split_k(block, k):
+@pytest.mark.parametrize("k", [2048, 8192, 14336])
+@pytest.mark.parametrize("n", [64, 4096, 8192])
+def test_tiles_of_blocks_keep_k_whole_and_serve_no_dense_product(n, k):
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
-    choice = extension.select_tile(block, block, k, 64, 4, 132, True)
-    tile = extension.wgmma_table()[choice["tile"]]["tile_m"]
-    assert choice["wgmma"] and (tile, choice["split_k"]) == (block, PARTS[block, k])
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize(("block", "k"), PARTS)
-def test_parts_of_k(block, k):
-    problem = problems.Problem(
-        f"parts_of_{block}_rows", m=block, k=k, n=64, group_size=64, num_experts=1, top_k=1,
-        dtype="bfloat16", bias=True,
-    )  # fmt: skip
-    case = problems.build(problem)
-    routing = (np.arange(block), np.zeros(1), np.full(1, block))
-    out = routed_matmul(
-        jnp.asarray(case.x), case.stack(),
-        Routing(*(jnp.asarray(a, jnp.int32) for a in routing)), moe_block_size=block, top_k=1,
-        implementation="cuda",
-    )  # fmt: skip
-    x, weight = case.x.astype(float), case.weights[0]
-    assert case.bias is not None
-    bias = case.bias[0].astype(float)
-    budget = oracle.matmul_budget(x, weight, problem.dtype, bias)
-    oracle.assert_within(out, oracle.matmul(x, weight, bias), budget)
+    table = extension.wgmma_table()
+    for block in (96, 144):
+        choice = extension.select_tile(block, block, k, n, 4, 132, True)
+        assert (table[choice["tile"]]["tile_m"], choice["split_k"]) == (block, 1)
+        for rows in (block - 9, block, 2 * block, 1024):
+            choice = extension.select_tile(rows, 0, k, n, 4, 132, True)
+            assert table[choice["tile"]]["tile_m"] not in (96, 144)
 
 
 @pytest.mark.cuda

@@ -1,6 +1,7 @@
 """Options that the benchmarks' commands share."""
 
 import argparse
+import os
 import pathlib
 
 from jax.typing import DTypeLike
@@ -14,6 +15,21 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def check_markers(parser: argparse.ArgumentParser, path: pathlib.Path | None, name: str) -> None:
+    """Ends the command now, not after minutes, if `--markdown` names a file without the markers."""
+    try:
+        if path:
+            marked.check(path, name)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def disable_command_buffers() -> None:
+    """Handlers then run at each call. To be called before JAX first looks for a device."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
 
 
 def add_files(parser: argparse.ArgumentParser, name: str) -> None:

@@ -7,7 +7,6 @@ With `--command-buffers` no handler runs, and what is left is the device's time 
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_marlin.bench import marked, report
-from jax_marlin.bench.options import add_files, positive
+from jax_marlin.bench.options import add_files, check_markers, disable_command_buffers, positive
 from jax_marlin.bench.problems import Quantization, random_key, random_stack
 from jax_marlin.ops.matmul import matmul
 from jax_marlin.ops.moe_align_block_size import moe_align_block_size
@@ -32,7 +31,6 @@ _EXPERTS, _ROWS, _BLOCK = 4, 4, 8
 _WARM_UP = 3
 _DTYPE, _GROUP_SIZE = jnp.dtype(jnp.float16), 32
 _COLUMNS = {"operation": ("operation", "{}"), "us": ("us a call", "{:.2f}")}
-_FLAG = "--xla_gpu_enable_command_buffer="
 NAME = "overhead"  # of its markers
 
 
@@ -50,14 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     short, long = sorted(args.calls)
     if short == long:
         parser.error(f"--calls is {short} {long}, expected two different lengths")
-    if args.markdown:  # now, not after minutes
-        try:
-            marked.check(args.markdown, NAME)
-        except ValueError as error:
-            parser.error(str(error))
-    if not args.command_buffers:  # XLA reads it when JAX first looks for a device
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
+    check_markers(parser, args.markdown, NAME)
+    if not args.command_buffers:
+        disable_command_buffers()
     conditions = report.environment(Quantization(4, _GROUP_SIZE, _DTYPE)) | {
         "command_buffers": args.command_buffers,
         "method": f"chains of {short} and of {long} calls, each on the result of the one before; "

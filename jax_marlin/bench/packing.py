@@ -27,7 +27,7 @@ import numpy as np
 from jax_marlin import native_repack
 from jax_marlin.bench import marked, report, synthetic_experts
 from jax_marlin.bench.check import WrongResultError
-from jax_marlin.bench.options import add_files, positive
+from jax_marlin.bench.options import add_files, check_markers, positive
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.checkpoints import open_checkpoint
 from jax_marlin.checkpoints.checkpoint import Checkpoint
@@ -73,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--sizes has {k}x{n}, expected K a multiple of 8 and of --group-size "
                 f"{args.group_size}, and N of 8"
             )
-    if args.markdown:  # now, not after minutes
-        try:
-            marked.check(args.markdown, NAME)
-        except ValueError as error:
-            parser.error(str(error))
+    check_markers(parser, args.markdown, NAME)
     conditions = report.environment(Quantization(4, args.group_size, jnp.dtype(jnp.float16))) | {
         "device": f"{thread_count()} threads of {_processor()}",
         "driver": None,

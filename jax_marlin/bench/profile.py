@@ -6,7 +6,6 @@ what launches add is not counted, for there is next to none of it there.
 """
 
 import argparse
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax_marlin.bench import report
 from jax_marlin.bench.decoding_state import in_context
 from jax_marlin.bench.model_floor import cache_bytes, weight_bytes
-from jax_marlin.bench.options import positive
+from jax_marlin.bench.options import disable_command_buffers, positive
 from jax_marlin.bench.problems import Quantization
 from jax_marlin.bench.random_model import CONFIGS, random_model
 from jax_marlin.bench.trace import Part, by_part, scopes, traced
@@ -68,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--new-tokens", type=positive, default=16, metavar="N", help="decoded (default: 16)")
     add("--json", type=pathlib.Path, metavar="FILE", help="write all records")
     args = parser.parse_args(argv)
-    flags = os.environ.get("XLA_FLAGS", "")  # read when JAX first looks for a device
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer=".strip()
+    disable_command_buffers()
     on_cpu = jax.default_backend() == "cpu"
     name = args.model or ("tiny" if on_cpu else "qwen3-30b")
     dtype = compute_dtype("float32" if on_cpu else "bfloat16", "profile")

@@ -80,6 +80,8 @@ TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
   int64_t least = INT64_MAX;
   for (int tile = 0; tile < kNumWgmmaTiles; ++tile) {
     const WgmmaTile& t = kWgmmaTable[tile].tile;
+    const bool of_blocks = kWgmmaTable[tile].of_blocks;
+    if (of_blocks && !routed) continue;
     if (!serves(problem, t) || t.tile_m < fewest_rows || t.tile_m > most_rows) continue;
     if (problem.gated && !t.can_gate()) continue;
     for (int split_k = 1; split_k <= kMaxSplit; split_k *= 2) {
@@ -88,7 +90,7 @@ TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
       const int64_t resident = static_cast<int64_t>(sm_count) * (split_k == 2 ? t.min_blocks : 1);
       const bool fits = blocks <= resident;
       const bool deep = ceil_div(problem.k, kTile) >= 4 * int64_t{split_k} * t.stage_tiles;
-      if (split_k > 1 && !(fits && deep && !problem.gated)) break;
+      if (split_k > 1 && !(fits && deep && !problem.gated && !of_blocks)) break;
       const int64_t clocks = estimate(problem, choice, sm_count);
       if (clocks < least) {
         least = clocks;

@@ -12,6 +12,8 @@ struct WgmmaTileRow {
   int alone;  // a packed K tile, when the block has the SM to itself
   int full;   // the same with min_blocks of them on the SM
   int fixed;  // the rest of a piece of work: routing tables, first stages, stores
+  // Of blocks of routed rows, over all of K: what it was made and measured for.
+  bool of_blocks = false;
 };
 
 // tile: {tile_m, groups, group_tiles, stage_tiles, batch, min_blocks, copy_groups, in_boxes}
@@ -26,13 +28,13 @@ constexpr WgmmaTileRow kWgmmaTable[] = {
     {{64, 2, 2, 1, 2, 1, 1}, 830, 830, 3500},
     // Many rows: the tensor cores are the limit. The wider the tile the less it reads, but the
     // narrow ones leave fewer multiprocessors idle in the last wave.
-    {{96, 2, 2, 1, 1, 1, 1}, 1090, 1090, 4500},
+    {{96, 2, 2, 1, 1, 1, 1}, 1090, 1090, 4500, true},
     {{128, 2, 1, 2, 4, 1, 1}, 680, 680, 3500},
     {{128, 3, 1, 1, 1, 1, 2}, 1000, 1000, 4000},
     {{128, 2, 2, 1, 1, 1, 1}, 1300, 1300, 4500},
     // About as many as registers hold the sums of: experts of about 128 rows, or 256, rarely have
     // more than one block of these, or two.
-    {{144, 2, 2, 1, 1, 1, 1}, 1430, 1430, 4500},
+    {{144, 2, 2, 1, 1, 1, 1}, 1430, 1430, 4500, true},
     // Rows that are neighbours: products of twice the width, for which each weight is dequantized
     // half as often, and copies that take no threads.
     {{256, 2, 1, 1, 2, 1, 1, true}, 1160, 1160, 4500},
