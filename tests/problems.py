@@ -92,8 +92,8 @@ PROBLEMS = [
     Problem("long_k_bfloat16", dtype="bfloat16", k=1024, n=320, group_size=128, m=4),
     Problem("parts_of_k_begin_inside_groups", dtype="bfloat16", k=1344, n=72, group_size=128,
             zeros="v1"),
-    Problem("x_longer_than_shared_memory", dtype="bfloat16", k=8192, n=640, group_size=128, m=19,
-            moe_block_size=16, num_experts=2),
+    Problem("x_longer_than_shared_memory", dtype="bfloat16", k=14848, n=320, group_size=128, m=19,
+            moe_block_size=8, num_experts=2),
 ]  # fmt: skip
 
 

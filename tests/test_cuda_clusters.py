@@ -51,9 +51,9 @@ DENSE = {
     "0_in_2_parts_more_blocks_than_multiprocessors": Case(3, 4160, 6152, 0, 2, 32, formats=LARGE),
     "3_in_halves_of_long_k": Case(8, 8256, 7688, 3, 2, 64, formats=LARGE),
     "4_in_2_parts": Case(12, 2112, 1544, 4, 2, 16),
-    "7_in_8_parts_the_last_of_which_is_empty": Case(16, 2112, 1024, 7, 8, 0),
-    "7_in_4_parts": Case(13, 1344, 136, 7, 4, 3),
-    "7_in_2_parts": Case(16, 4160, 6152, 7, 2, 32, formats=LARGE),
+    "6_in_8_parts_the_last_of_which_is_empty": Case(16, 2112, 1024, 6, 8, 0),
+    "6_in_4_parts": Case(13, 1344, 136, 6, 4, 3),
+    "6_in_2_parts": Case(16, 4160, 6152, 6, 2, 32, formats=LARGE),
 }  # fmt: skip
 # Blocks of 4 rows split a long K so that each keeps its part of x.
 ROUTED = {
@@ -68,7 +68,7 @@ ROUTED = {
     "3_in_2_parts": Case(64, 14336, 1024, 3, 2, 112, 2, 2, 4, True, formats=LARGE),
     "4_in_4_parts": Case(5, 4160, 40, 4, 4, 14, 3, 1, 12, True),
     "4_in_8_parts": Case(8, 8256, 40, 4, 8, 10, 1, 1, 16, True),
-    "7_in_2_parts": Case(1, 8000, 4232, 7, 2, 62, 1, 1, 16, True, formats=LARGE),
+    "6_in_2_parts": Case(1, 8000, 4232, 6, 2, 62, 1, 1, 16, True, formats=LARGE),
 }
 CASES = {f"{kind}_{name}": c for kind, cases in (("dense", DENSE), ("routed", ROUTED))
          for name, c in cases.items()}  # fmt: skip
@@ -82,7 +82,7 @@ PRODUCTS = [
 LAYERS = {
     "without_tables": (1, 9, 11, 2112, 136, None, 2),
     "blocks_of_4": (4, 3, 16, 2112, 72, 4, 2),
-    "blocks_of_8": (9, 2, 3, 2112, 72, 8, 4),
+    "blocks_of_8": (8, 2, 3, 2112, 72, 8, 4),
     "blocks_of_16": (9, 3, 3, 2112, 72, 16, 2),
 }
 

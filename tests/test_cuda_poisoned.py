@@ -22,7 +22,7 @@ ONE_CALL = [name for name in LAYERS if name.startswith("one_call")]
 # Down's K in parts, which meet in clusters or in scratch: without tables, and with.
 SPLIT = {
     "without_tables": {"m": 1, "top_k": 9, "num_experts": 11, "intermediate": 2112},
-    "blocks_of_8": {"m": 9, "top_k": 2, "num_experts": 3, "intermediate": 2112, "n": 72},
+    "blocks_of_8": {"m": 8, "top_k": 2, "num_experts": 3, "intermediate": 2112, "n": 72},
 }
 PROBLEMS = [p for p in problems.PROBLEMS if p.dtype != "float32" and p.m > 0]
 

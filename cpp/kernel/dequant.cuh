@@ -1,19 +1,26 @@
-// Packed codes to 16-bit A fragments of m16n8k16: q - z, exactly, or (q - z) * s, rounded once.
+// Packed codes to 16-bit A fragments of m16n8k16: (q - z) s, rounded once, or q - z, exactly.
 //
 // A word of the packed layout holds one k16 step of one thread: rows n = g + 8b, columns
 // k = 2c + l + 8h at position p = (b + 2h) + 4l (layout.py). Register r = b + 2h of the fragment
 // wants the pair l = 0, 1 in its two halves, and those sit 16 bits apart:
 //
-//   4 bit: (word >> 4r) & 0x000f000f is both codes, each at the bottom of a 16-bit half.
-//     fp16  0x6400 is 1024 with ulp 1, so 0x6400 | q = 1024 + q
-//     bf16  0x4300 is  128 with ulp 1, so 0x4300 | q =  128 + q
-//     Both minus (base + z) are exact: every integer of magnitude <= 256 is a bf16 number.
+//   4 bit: the pair of r = 0 at the bottom of both halves, that of r = 1 four bits up, and those of
+//          r = 2, 3 likewise in word >> 8.
 //   8 bit: word 2j + l holds byte p & 3 = r, so one byte permute takes one byte of each word.
-//     fp16  as above: 1024 + q with q < 256 stays below 2048, where ulp is 1
-//     bf16  has 7 mantissa bits, too few for 128 + q: go through float32, where
-//           0x4B000000 | q = 2^23 + q
 //
-// With few tokens the kernel multiplies q - z and scales the float32 sum of 32 of K: fewer
+// Masked, a half is an integer i below 256, q or 16 q, and with that a number:
+//
+//   bf16  Exponent fields 0, of subnormal numbers, and 1 count in the same units: i 2^-133.
+//   fp16  0x6400 | i is 1024 + i. Subnormal numbers are too close to the largest to scale up.
+//
+// One fma makes (q - z) kStep of it, exactly, as integers of magnitude <= 256 are bf16 numbers, and
+// a product with s / kStep rounds once. For bf16 and a zero point that is a power of two the fma
+// could multiply by s, too: fma(i 2^-133, s 2^133, -z s), but s 2^133 is past the largest number.
+// So the weight is made 2^-32 times as large, which rounds alike, and sums 2^32 times when they are
+// complete. Scales below 2^27 fit, and a product of weight and activation loses no bit down to
+// 2^-70.
+//
+// With few tokens the kernel multiplies (q - z) kStep and scales the float32 sum of 32 of K: fewer
 // instructions, since a sum has 4 values a fragment and its weights 8 pairs, and no rounding.
 #pragma once
 
@@ -22,72 +29,103 @@
 
 namespace jax_marlin {
 
-// What one thread needs of the live group: its rows g (b = 0) and g + 8 (b = 1) of one fragment.
 template <class Config>
-struct GroupScale {
-  using Element = typename Config::Element;
+struct Dequant {
+  // bf16: the fma multiplies by the scale.
+  static constexpr bool kFolded =
+      Config::kBf16 && !Config::kStoredZeroPoints && !Config::kScaleSums;
+  static constexpr float kStep = Config::kBf16 ? 0x1p-6f : 1.f;
+  static constexpr float kFoldedStep = 0x1p-32f;
+  // What sums are multiplied by at last.
+  static constexpr float kSumScale = kFolded              ? 1.f / kFoldedStep
+                                     : Config::kScaleSums ? 1.f / kStep
+                                                          : 1.f;
+
+  static constexpr uint32_t kBias = Config::kBf16 ? 0 : 0x64006400u;
+  static constexpr float kBiasValue = Config::kBf16 ? 0.f : 1024.f;
+  static constexpr float kUnit = Config::kBf16 ? 0x1p-133f : 1.f;  // that i counts
+};
+
+// Makes weights of the two codes of a pair in place b of a fragment.
+template <class Config, int b>
+class PairScale {
   using Pair = typename Config::Pair;
-  static constexpr bool kThroughFloat = Config::kBits == 8 && Config::kBf16;
+  using D = Dequant<Config>;
+  static constexpr float kStep = D::kFolded ? D::kFoldedStep : D::kStep;
+  static constexpr float kUnit = kStep / D::kUnit / (Config::kBits == 4 && b == 1 ? 16.f : 1.f);
 
-  Pair scale[2];  // each twice, for the pair l = 0, 1
-  Pair base[2];   // 1024 + z or 128 + z, likewise
-  float scale32[2], base32[2];
-
-  __device__ __forceinline__ GroupScale(Pair scales, Pair zero_points) {
-    const Element s[2] = {Config::low(scales), Config::high(scales)};
-    const Element z[2] = {Config::low(zero_points), Config::high(zero_points)};
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      scale32[b] = Config::to_float(s[b]);
-      if constexpr (kThroughFloat) {
-        base32[b] = 8388608.f + Config::to_float(z[b]);
+ public:
+  PairScale() = default;
+  // zero_points: where they are stored.
+  __device__ __forceinline__ PairScale(Pair scales, Pair zero_points) {
+    if constexpr (D::kFolded) {
+      unit_ = __hmul2(scales, Config::template twice<kUnit>());
+      offset_ = __hmul2(scales, Config::template twice<-Config::kSymmetricZeroPoint * kStep>());
+    } else {
+      constexpr float kNoCode = -D::kBiasValue * kUnit;
+      unit_ = Config::template twice<kUnit>();
+      if constexpr (Config::kStoredZeroPoints) {
+        offset_ = __hfma2(zero_points, Config::template twice<-kStep>(),
+                          Config::template twice<kNoCode>());
       } else {
-        scale[b] = Config::twice(s[b]);
-        base[b] = __hadd2(Config::twice(Config::from_float(Config::kBase)), Config::twice(z[b]));
+        offset_ = Config::template twice<kNoCode - Config::kSymmetricZeroPoint * kStep>();
+      }
+      if constexpr (kStep == 1.f) {
+        scales_ = scales;
+      } else {
+        scales_ = __hmul2(scales, Config::template twice<1.f / kStep>());
       }
     }
   }
 
-  // Of the weight in place l of a pair; here the same for both.
-  __device__ __forceinline__ float scale_of(int b, int) const { return scale32[b]; }
-  __device__ __forceinline__ float base_of(int b, int) const { return base32[b]; }
+  __device__ __forceinline__ uint32_t weights(uint32_t codes) const {
+    Pair weights = __hfma2(reinterpret_cast<const Pair&>(codes), unit_, offset_);
+    if constexpr (!D::kFolded && !Config::kScaleSums) weights = __hmul2(weights, scales_);
+    return reinterpret_cast<const uint32_t&>(weights);
+  }
+
+ private:
+  Pair unit_, offset_, scales_;
 };
 
-template <class Config, class Group>
-__device__ __forceinline__ uint32_t weight_pair(uint32_t biased, const Group& group, int b) {
+// What one thread needs of the live group: its rows g (b = 0) and g + 8 (b = 1) of one fragment.
+template <class Config>
+struct GroupScale {
   using Pair = typename Config::Pair;
-  Pair weight = __hsub2(reinterpret_cast<const Pair&>(biased), group.base[b]);
-  if constexpr (!Config::kScaleSums) weight = __hmul2(weight, group.scale[b]);
-  return reinterpret_cast<const uint32_t&>(weight);
-}
+
+  PairScale<Config, 0> low;  // each the same twice, for the pair l = 0, 1
+  PairScale<Config, 1> high;
+  float of_sums[2];
+
+  GroupScale() = default;
+  __device__ __forceinline__ explicit GroupScale(Pair scales, Pair zero_points = {})
+      : low(Config::twice(Config::low(scales)), Config::twice(Config::low(zero_points))),
+        high(Config::twice(Config::high(scales)), Config::twice(Config::high(zero_points))),
+        of_sums{Config::to_float(Config::low(scales)), Config::to_float(Config::high(scales))} {}
+};
 
 // words: the thread's word (4 bit) or two words (8 bit) of one k16 step.
 template <class Config, class Group>
 __device__ __forceinline__ void dequantize(const uint32_t* words, const Group& group,
                                            uint32_t (&a)[4]) {
-  constexpr uint32_t kBiasBits = Config::kBf16 ? 0x43004300u : 0x64006400u;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int b = r & 1;
+    uint32_t codes, mask;
     if constexpr (Config::kBits == 4) {
-      const uint32_t biased = ptx::and_or(words[0] >> (4 * r), 0x000f000fu, kBiasBits);
-      a[r] = weight_pair<Config>(biased, group, b);
-    } else if constexpr (!Group::kThroughFloat) {
-      // Bytes [lo.r, _, hi.r, _]; the mask clears the two that do not matter.
-      const uint32_t codes = __byte_perm(words[0], words[1], r | (4 + r) << 8);
-      a[r] = weight_pair<Config>(ptx::and_or(codes, 0x00ff00ffu, kBiasBits), group, b);
+      codes = words[0] >> (r / 2 * 8);
+      mask = b == 0 ? 0x000f000fu : 0x00f000f0u;
     } else {
-      float w[2];
-#pragma unroll
-      for (int l = 0; l < 2; ++l) {
-        // Bytes [q, 0, 0, 0x4B]: the float 2^23 + q.
-        const float biased = __uint_as_float(__byte_perm(words[l], 0x4B000000u, 0x7540 | r));
-        w[l] = biased - group.base_of(b, l);
-        if constexpr (!Config::kScaleSums) w[l] *= group.scale_of(b, l);
-      }
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(w[0], w[1]);
-      a[r] = reinterpret_cast<const uint32_t&>(pair);
+      // Bytes [lo.r, _, hi.r, _]; the mask clears the two that do not matter.
+      codes = __byte_perm(words[0], words[1], r | (4 + r) << 8);
+      mask = 0x00ff00ffu;
     }
+    if constexpr (Dequant<Config>::kBias == 0) {
+      codes &= mask;
+    } else {
+      codes = ptx::and_or(codes, mask, Dequant<Config>::kBias);
+    }
+    a[r] = b == 0 ? group.low.weights(codes) : group.high.weights(codes);
   }
 }
 

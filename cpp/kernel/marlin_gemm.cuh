@@ -82,6 +82,19 @@ __device__ __forceinline__ void multiply_tiles(ResidentActivations<Config>& x,
   }
 }
 
+// By what codes, or weights, were smaller than they are: dequant.cuh.
+template <class Config>
+__device__ __forceinline__ void scale_sums(Accumulator<Config>& acc) {
+#pragma unroll
+  for (auto& fragments : acc) {
+#pragma unroll
+    for (auto& sums : fragments) {
+#pragma unroll
+      for (float& sum : sums) sum *= Dequant<Config>::kSumScale;
+    }
+  }
+}
+
 template <class Config, template <class> class X>
 __device__ __forceinline__ void run_gemm(const GemmParams& p) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -132,6 +145,7 @@ __device__ __forceinline__ void run_gemm(const GemmParams& p) {
   // room there is, here more and there less.
   ptx::launch_dependents();
   if (p.zeros_are_pending) ptx::wait_dependencies();
+  scale_sums<Config>(acc);
   terms.weigh(p, acc);
   finish<Config>(p, tile, acc, warp_n, warp_k, storage);
 }

@@ -52,7 +52,7 @@ __device__ __forceinline__ void multiply_tile(const Operands& operands, int tile
 #pragma unroll
     for (int f = 0; f < Config::kFragsN; ++f) {
       const auto scale = operands.load_scale(f, tile, by_tile ? 0 : half);
-      scales[f][0] = scale.scale32[0], scales[f][1] = scale.scale32[1];
+      scales[f][0] = scale.of_sums[0], scales[f][1] = scale.of_sums[1];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
         uint32_t step_of[Config::kStepWords];

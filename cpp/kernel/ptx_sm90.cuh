@@ -168,7 +168,16 @@ __device__ __forceinline__ void stmatrix_transposed(void* row, const uint32_t (&
                : "memory");
 }
 
-// cp.async.cg of all 16 bytes: a size that varies costs more instructions than the copy.
+// cp.async.cg of all 16 bytes, or of as many zeros: a size that varies costs more instructions.
+__device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool copies) {
+  asm volatile(
+      "{.reg .pred ignore;\n"
+      "setp.eq.b32 ignore, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignore;}"
+      :
+      : "r"(shared), "l"(global), "r"(static_cast<int>(copies))
+      : "memory");
+}
 __device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
 }
@@ -207,6 +216,10 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
 __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+
+// redux.sync.max of a value that all threads of the warp share: now the compiler knows that they
+// do, keeps what follows from it in registers of the warp, and branches without a vote.
+__device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(0xffffffffu, value); }
 
 // setmaxnreg: a warpgroup gives registers back, or takes what others gave.
 template <int registers>

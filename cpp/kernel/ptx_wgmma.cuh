@@ -12,12 +12,12 @@
 namespace jax_marlin::ptx {
 
 // Descriptor of b in rows of 128 bytes, swizzled by 128: the 16-byte vector v of row r is stored at
-// v ^ (r & 7). Eight rows are 1024 bytes; `address` is that of row 0, aligned to 1024. A k16 step
-// adds 32 bytes, which is 2 in the descriptor.
-__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | (address & 0x3ffff) >> 4;
+// v ^ (r & 7). Eight rows are 1024 bytes; `address` is that of row 0, aligned to 1024, and of the
+// k16 step `step`, each 32 bytes. Its halves are put together last: no carry to compute.
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address, int step) {
+  constexpr uint32_t kSwizzle128 = 1u << 30, kEightRows = 1024 >> 4;
+  const uint32_t low = ((address & 0x3ffff) >> 4) + 2 * step;
+  return uint64_t{kSwizzle128 | kEightRows} << 32 | low;
 }
 
 // Registers of d: n / 2 floats of a thread.

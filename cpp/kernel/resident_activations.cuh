@@ -120,10 +120,10 @@ class ResidentActivations {
   __device__ __forceinline__ GroupScale<Config> load_scale(int f, int, int) const {
     const Pair scales = *reinterpret_cast<const Pair*>(scale_at_[f]);
     if constexpr (Config::kStoredZeroPoints) {
-      return {scales,
-              *reinterpret_cast<const Pair*>(scale_at_[f] + kResidentTiles * groups_ * kTile)};
+      return GroupScale<Config>(
+          scales, *reinterpret_cast<const Pair*>(scale_at_[f] + kResidentTiles * groups_ * kTile));
     } else {
-      return {scales, Config::twice(Config::from_float(Config::kSymmetricZeroPoint))};
+      return GroupScale<Config>(scales);
     }
   }
 

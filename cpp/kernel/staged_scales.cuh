@@ -63,10 +63,10 @@ class StagedScales {
     const Pair scales =
         *reinterpret_cast<const Pair*>(&stages.scales[stage][warp_k][2 * j + half][at]);
     if constexpr (Config::kStoredZeroPoints) {
-      return {scales,
-              *reinterpret_cast<const Pair*>(&stages.zero_points[stage][warp_k][2 * j + half][at])};
+      return GroupScale<Config>(scales, *reinterpret_cast<const Pair*>(
+                                            &stages.zero_points[stage][warp_k][2 * j + half][at]));
     } else {
-      return {scales, Config::twice(Config::from_float(Config::kSymmetricZeroPoint))};
+      return GroupScale<Config>(scales);
     }
   }
 

@@ -6,36 +6,21 @@
 
 namespace jax_marlin {
 
-// What one thread needs of the live group: columns 2c + l + 8b of one run.
+// What one thread needs of the live group: columns 2c + l + 8b of one run, l in the two halves.
 template <class Config>
 struct TransposedScale {
-  using Element = typename Config::Element;
   using Pair = typename Config::Pair;
-  static constexpr bool kThroughFloat = GroupScale<Config>::kThroughFloat;
 
-  Pair scale[2];  // [b], the halves are l
-  Pair base[2];   // 1024 + z or 128 + z, likewise; through float, z
+  PairScale<Config, 0> low;
+  PairScale<Config, 1> high;
 
-  // Column 8b + g of a run is stored at 2g + b: four neighbours are [l][b].
-  __device__ __forceinline__ TransposedScale(const uint2& scales, const uint2& zero_points) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      scale[b] = of_columns(scales, b);
-      base[b] = of_columns(zero_points, b);
-      if constexpr (!kThroughFloat) {
-        base[b] = __hadd2(Config::twice(Config::from_float(Config::kBase)), base[b]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ float scale_of(int b, int l) const {
-    return Config::to_float(l == 0 ? Config::low(scale[b]) : Config::high(scale[b]));
-  }
-  __device__ __forceinline__ float base_of(int b, int l) const {
-    return 8388608.f + Config::to_float(l == 0 ? Config::low(base[b]) : Config::high(base[b]));
-  }
+  __device__ __forceinline__ explicit TransposedScale(const uint2& scales,
+                                                      const uint2& zero_points = {})
+      : low(of_columns(scales, 0), of_columns(zero_points, 0)),
+        high(of_columns(scales, 1), of_columns(zero_points, 1)) {}
 
  private:
+  // Column 8b + g of a run is stored at 2g + b: four neighbours are [l][b].
   static __device__ __forceinline__ Pair of_columns(const uint2& values, int b) {
     const uint32_t pair = __byte_perm(values.x, values.y, b == 0 ? 0x5410 : 0x7632);
     return reinterpret_cast<const Pair&>(pair);
@@ -86,11 +71,9 @@ class TransposedScales {
     };
     const uint2 scales = four_at(&stages.scales[stage][warp_k][0][0]);
     if constexpr (Config::kStoredZeroPoints) {
-      return {scales, four_at(&stages.zero_points[stage][warp_k][0][0])};
+      return TransposedScale<Config>(scales, four_at(&stages.zero_points[stage][warp_k][0][0]));
     } else {
-      const auto z = Config::twice(Config::from_float(Config::kSymmetricZeroPoint));
-      const uint32_t twice = reinterpret_cast<const uint32_t&>(z);
-      return {scales, {twice, twice}};
+      return TransposedScale<Config>(scales);
     }
   }
 

@@ -22,7 +22,6 @@ struct WeightFormat {
 
   static constexpr int kBits = bits;
   static constexpr bool kStoredZeroPoints = zero_points == ZeroPoints::kStored;
-  static constexpr float kBase = kBf16 ? 128.f : 1024.f;  // dequant.cuh
   static constexpr float kSymmetricZeroPoint = bits == 4 ? 8.f : 128.f;
 
   static constexpr int kStepWords = bits / 4;  // a thread's words of a k16 step
@@ -48,6 +47,18 @@ struct WeightFormat {
       return __bfloat162bfloat162(e);
     else
       return __half2half2(e);
+  }
+  // A constant that the format holds exactly, as an immediate: conversions are instructions. Other
+  // than a zero it has 5 bits of exponent at most with fp16.
+  template <float value>
+  static __device__ __forceinline__ Pair twice() {
+    constexpr uint32_t kFloat = __builtin_bit_cast(uint32_t, value);
+    constexpr uint32_t kHalf =
+        (kFloat >> 16 & 0x8000u) | ((kFloat & 0x7fffffffu) >> 13) - (112u << 10);
+    constexpr uint32_t kBits16 = kBf16 ? kFloat >> 16 : value == 0 ? 0 : kHalf & 0xffffu;
+    constexpr uint32_t kTwice = kBits16 * 0x10001u;
+    const uint32_t twice = kTwice;
+    return reinterpret_cast<const Pair&>(twice);
   }
   static __device__ __forceinline__ float to_float(Element e) {
     if constexpr (kBf16)

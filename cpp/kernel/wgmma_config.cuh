@@ -25,7 +25,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr bool kInBoxes = tile.in_boxes;
   static constexpr bool kCanGate = tile.can_gate();
   static constexpr bool kHalfTiles = kCanGate && kGroupTiles == 1;  // of gate and of up
-  static constexpr int kStageTiles = tile.stage_tiles;
+  static constexpr int kStageTiles = tile.stage_tiles_of(bits);
   static constexpr int kBatch = tile.batch;
   static constexpr int kThreads = tile.threads();
   static constexpr int kMinBlocks = tile.min_blocks;
@@ -51,6 +51,13 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
   // Registers of a thread: all start with an equal share of 64 Ki, multiples of 8.
   static constexpr int kEqualRegisters = 65536 / (kThreads * kMinBlocks) / 8 * 8;
   static constexpr int kSumRegisters = kGroupTiles * kTileM / 2;
+  // The compiler gives the operands of each loop registers of their own: whether there are enough
+  // for a loop of each width, found by looking for spills.
+  static constexpr int kLoopRegisters = kSumRegisters + kWidths * 8 * kBatch * kGroupTiles;
+  static constexpr bool kFewOperands =
+      kGroupTiles == 1 && bits == 4 && zero_points == ZeroPoints::kSymmetric;
+  static constexpr bool kHasRegisters =
+      kLoopRegisters <= 192 && (kSumRegisters < 128 || kFewOperands);
   static constexpr int kCopyRegisters = kGroups + tile.copy_groups > 3 || kMinBlocks > 1 ? 32
                                         : kSumRegisters > 128                            ? 40
                                                                                          : 56;
@@ -58,6 +65,7 @@ struct WgmmaConfig : WeightFormat<Element_, bits, zero_points> {
       ((kGroups + tile.copy_groups) * kEqualRegisters - tile.copy_groups * kCopyRegisters) /
       kGroups / 8 * 8;
 
+  static_assert((kStageTiles & (kStageTiles - 1)) == 0, "scales of a stage: halves_of_scales");
   static_assert(kTileM % kWidthStep == 0 && kTileM % kChunk == 0, "rows divide into widths");
   static_assert(4 % kBatch == 0 && 4 * kStageTiles / kBatch % 2 == 0,
                 "two sets of fragments take turns, the same way in every stage");
@@ -127,6 +135,15 @@ struct RingPosition {
 template <class Params>
 __device__ __forceinline__ bool scales_change_inside(const Params& p) {
   return p.group_size % kTile != 0;
+}
+
+// Halves of a stage's K tiles that share scales, a power of two: a group's, if no stage begins
+// inside one.
+template <class Config, class Params>
+__device__ __forceinline__ int halves_of_scales(const Params& p) {
+  if (scales_change_inside(p)) return 1;
+  const bool by_stage = p.group_size % (kTile * Config::kStageTiles) == 0 && p.split_k == 1;
+  return by_stage ? 2 * Config::kStageTiles : 2;
 }
 
 // Packed K tiles of this block: all, or its part when the blocks of a cluster split K.

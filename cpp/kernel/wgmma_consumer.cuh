@@ -28,7 +28,7 @@ class Consumer {
       : storage_(storage),
         thread_(threadIdx.x % kWarpgroup),
         group_(group),
-        second_half_(scales_change_inside(p) ? 1 : 0),
+        scale_mask_(halves_of_scales<Config>(p) - 1),
         share_x_(p.share_x),
         tile_(group * Config::kGroupTiles),
         word_thread_(thread_) {
@@ -45,137 +45,158 @@ class Consumer {
     }
   }
 
-  // sums += product over `stages` stages, rows [0, width * kWidthStep) of the tile.
-  template <int width>
-  __device__ __forceinline__ void multiply(int stages, WgmmaSums<Config>& sums) {
-    if (stages == 0) return;
-    if (Config::kStaggered && group_ == 1 && stages_to_lead_ > 0) {
-      stages_to_lead_ = 0;
+  // sums += product over `stages` stages, rows [0, width * kWidthStep) of the tile; a loop for the
+  // widths first .. last.
+  template <int first, int last>
+  __device__ __forceinline__ void multiply(int width, int stages, WgmmaSums<Config>& sums) {
+    if (Config::kStaggered && group_ == 1 && stages > 0 && lead_ > 0) {
+      lead_ = 0;
       ptx::named_barrier(kStaggerBarrier, 2 * kWarpgroup);
     }
-    Operands operands;
-    load(operands, false);
-    bool ready = false;  // the next stage is known to be full
-    int read = -1;  // slot of the stage that products still read
-    for (int i = 0; i < stages; ++i) {
-      const uint32_t x = ptx::shared_address(storage_.stages[at_.slot].x);
-#pragma unroll
-      for (int batch = 0; batch < kBatches; ++batch) {
-        uint32_t a[Config::kBatch][Config::kGroupTiles][4];
-        dequantize_batch(operands, batch, a);
-        ptx::wgmma_fence();
-        issue<width>(a, batch, x, sums);
-        ptx::wgmma_commit();
-        if (batch == kBatches - 1) {
-          const int slot = at_.slot;
-          at_.advance();
-          if (Config::kStaggered && group_ == 0 && stages_to_lead_ > 0 && --stages_to_lead_ == 0) {
-            ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
-          }
-          // While the tensor cores are busy, what the next stage dequantizes arrives.
-          if (i + 1 < stages) load(operands, ready);
-          ptx::wgmma_wait<1>();
-          read = slot;
-        } else {
-          if (batch == kBatches - 2 && i + 1 < stages) {
-            RingPosition<Storage::kStages> next = at_;
-            next.advance();
-            ready = ptx::mbarrier_try_wait(&storage_.full[next.slot], next.parity);
-          }
-          ptx::wgmma_wait<1>();
-          if (batch == 0 && read >= 0) release(read);
-        }
+    while (stages > 0) {
+      const bool leads = Config::kStaggered && group_ == 0 && lead_ > 0;
+      const int part = leads ? min(stages, lead_) : stages;
+      multiply_stages<first, last>(width, part, sums);
+      stages -= part;
+      if (leads) {  // even where K is short
+        lead_ = 0;
+        ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
       }
-    }
-    ptx::wgmma_wait<0>();
-    release(read);
-    if (Config::kStaggered && group_ == 0 && stages_to_lead_ > 0) {  // K was short
-      stages_to_lead_ = 0;
-      ptx::named_barrier_arrive(kStaggerBarrier, 2 * kWarpgroup);
     }
   }
 
  private:
-  static constexpr int kBatches = 4 * Config::kStageTiles / Config::kBatch;
+  using At = RingPosition<Storage::kStages>;
+  static constexpr int kTileBatches = 4 / Config::kBatch;  // of a packed K tile
+  static constexpr int kBatches = kTileBatches * Config::kStageTiles;
 
-  // Packed words and scales of a stage, this thread's alone.
+  // Packed words and scales of a K tile, this thread's alone.
   struct Operands {
-    uint4 words[Config::kStageTiles][Config::kGroupTiles][Config::kVectors];
-    Pair scales[Storage::kScaleSets][Storage::kHalves][Config::kGroupTiles];
+    uint4 words[Config::kGroupTiles][Config::kVectors];
+    Pair scales[Storage::kScaleSets][2][Config::kGroupTiles];  // of its halves
   };
+  using Scales = GroupScale<Config>[Config::kGroupTiles];
 
-  // Waits for the stage at at_, unless it is known to be full.
-  __device__ __forceinline__ void load(Operands& operands, bool ready) const {
-    if (!ready) ptx::mbarrier_wait(&storage_.full[at_.slot], at_.parity);
+  template <int first, int last>
+  __device__ __forceinline__ void multiply_stages(int width, int stages, WgmmaSums<Config>& sums) {
+    Operands operands;
+    Scales scales;
+    await(at_);
+    load(operands, at_.slot, 0);
+    bool ready = false;  // the next stage is known to be full
+    int read = -1;       // slot of the stage that products still read
+    for (int left = stages; left > 0; --left) {
+      const uint32_t x = ptx::shared_address(storage_.stages[at_.slot].x);
+      At next = at_;
+      next.advance();
+#pragma unroll
+      for (int batch = 0; batch < kBatches; ++batch) {
+        uint32_t a[Config::kBatch][Config::kGroupTiles][4];
+        dequantize_batch(operands, batch, scales, a);
+        issue<first, last>(width, a, batch, x, sums);
+        if (batch == kBatches - 1) {
+          read = at_.slot;
+          at_ = next;
+          // While the tensor cores are busy, what the next tile dequantizes arrives.
+          if (left > 1) {
+            await(next, ready);
+            load(operands, next.slot, 0);
+          }
+        } else if (batch % kTileBatches == kTileBatches - 1) {
+          load(operands, at_.slot, batch / kTileBatches + 1);
+        }
+        if (batch == kBatches - 2 && left > 1) {
+          ready = ptx::mbarrier_try_wait(&storage_.full[next.slot], next.parity);
+        }
+        ptx::wgmma_wait<1>();
+        if (batch == 0 && left < stages) release(read);
+      }
+    }
+    ptx::wgmma_wait<0>();
+    release(read);
+  }
+
+  // Until a stage is full, unless it is known to be.
+  __device__ __forceinline__ void await(const At& at, bool ready = false) const {
+    if (!ready) ptx::mbarrier_wait(&storage_.full[at.slot], at.parity);
     if constexpr (!Config::kInBoxes) ptx::fence_proxy_async();  // threads wrote x
-    const Stage& stage = storage_.stages[at_.slot];
+  }
+
+  // Of K tile `tile` of a full stage.
+  __device__ __forceinline__ void load(Operands& operands, int slot, int tile) const {
+    const Stage& stage = storage_.stages[slot];
 #pragma unroll
     for (int g = 0; g < Config::kGroupTiles; ++g) {
-      const int tile = tile_ + g;
+      const uint4* words = reinterpret_cast<const uint4*>(stage.weights[tile_ + g][tile]);
 #pragma unroll
-      for (int t = 0; t < Config::kStageTiles; ++t) {
-        const uint4* words = reinterpret_cast<const uint4*>(stage.weights[tile][t]);
-#pragma unroll
-        for (int v = 0; v < Config::kVectors; ++v) {
-          operands.words[t][g][v] = words[word_thread_ * Config::kVectors + v];
-        }
+      for (int v = 0; v < Config::kVectors; ++v) {
+        operands.words[g][v] = words[word_thread_ * Config::kVectors + v];
       }
       // Rows g and g + 8 of this warp's 16 columns are neighbours in the layout.
-      const int at = kTile * tile + word_thread_ / 32 * 16 + thread_ % 32 / 4 * 2;
+      const int column = kTile * (tile_ + g) + word_thread_ / 32 * 16 + thread_ % 32 / 4 * 2;
 #pragma unroll
       for (int set = 0; set < Storage::kScaleSets; ++set) {
 #pragma unroll
-        for (int half = 0; half < Storage::kHalves; ++half) {
-          const int row = half % 2 == 0 ? half : half - 1 + second_half_;
-          operands.scales[set][half][g] =
-              *reinterpret_cast<const Pair*>(&stage.scales[set][row][at]);
+        for (int h = 0; h < 2; ++h) {
+          const int half = 2 * tile + h;
+          if ((half & scale_mask_) != 0) continue;
+          operands.scales[set][h][g] =
+              *reinterpret_cast<const Pair*>(&stage.scales[set][half][column]);
         }
       }
     }
   }
 
+  // scales: those of the half tile before, which the next may share.
   __device__ __forceinline__ void dequantize_batch(
-      const Operands& operands, int batch,
+      const Operands& operands, int batch, Scales& scales,
       uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4]) const {
 #pragma unroll
-    for (int g = 0; g < Config::kGroupTiles; ++g) {
+    for (int s = 0; s < Config::kBatch; ++s) {
+      const int step = batch * Config::kBatch + s, half = step / 2;
+      if (step % 2 == 0 && (half & scale_mask_) == 0) {
 #pragma unroll
-      for (int s = 0; s < Config::kBatch; ++s) {
-        const int step = batch * Config::kBatch + s;
-        const int half = step / 2;
+        for (int g = 0; g < Config::kGroupTiles; ++g) {
+          Pair zero_points = {};
+          if constexpr (Config::kStoredZeroPoints) zero_points = operands.scales[1][half % 2][g];
+          scales[g] = GroupScale<Config>(operands.scales[0][half % 2][g], zero_points);
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < Config::kGroupTiles; ++g) {
         uint32_t w[Config::kStepWords];
 #pragma unroll
         for (int i = 0; i < Config::kStepWords; ++i) {
           const int at = step % 4 * Config::kStepWords + i;
-          const uint4& v = operands.words[step / 4][g][at / 4];
+          const uint4& v = operands.words[g][at / 4];
           w[i] = at % 4 == 0 ? v.x : at % 4 == 1 ? v.y : at % 4 == 2 ? v.z : v.w;
         }
-        Pair zero_points;
-        if constexpr (Config::kStoredZeroPoints) {
-          zero_points = operands.scales[1][half][g];
-        } else {
-          zero_points = Config::twice(Config::from_float(Config::kSymmetricZeroPoint));
-        }
-        const GroupScale<Config> scale(operands.scales[0][half][g], zero_points);
-        dequantize<Config>(w, scale, a[s][g]);
+        dequantize<Config>(w, scales[g], a[s][g]);
       }
     }
   }
 
-  template <int width>
-  __device__ __forceinline__ void issue(const uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4],
+  // The batch's products, of the width in first .. last that is wanted.
+  template <int first, int last>
+  __device__ __forceinline__ void issue(int width,
+                                        const uint32_t (&a)[Config::kBatch][Config::kGroupTiles][4],
                                         int batch, uint32_t x, WgmmaSums<Config>& sums) const {
+    if constexpr (first < last) {
+      if (width > first) return issue<first + 1, last>(width, a, batch, x, sums);
+    }
     constexpr int kTileBytes = sizeof(Stage::x[0]);
+    ptx::wgmma_fence();
 #pragma unroll
     for (int s = 0; s < Config::kBatch; ++s) {
       const int step = batch * Config::kBatch + s;
-      const uint64_t b = ptx::swizzled_descriptor(x + step / 4 * kTileBytes) + step % 4 * 2;
+      const uint64_t b = ptx::swizzled_descriptor(x + step / 4 * kTileBytes, step % 4);
 #pragma unroll
       for (int g = 0; g < Config::kGroupTiles; ++g) {
-        ptx::wgmma_m64k16(sums[g], a[s][g], b, ptx::Width<width * Config::kWidthStep>{},
+        ptx::wgmma_m64k16(sums[g], a[s][g], b, ptx::Width<first * Config::kWidthStep>{},
                           typename Config::Element{});
       }
     }
+    ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void release(int slot) {
@@ -189,12 +210,12 @@ class Consumer {
 
   Storage& storage_;
   const int thread_, group_;
-  const int second_half_;  // 1 when a tile's last 32 of K have scales of their own
+  const int scale_mask_;  // half tiles of a stage with none of its bits have scales of their own
   const int share_x_;   // blocks that write into this one's stages, and it into theirs
   int tile_;            // first column tile whose weights this warp multiplies
   int word_thread_;     // thread of the packed tile whose words this one takes
   uint32_t peer_empty_ = 0;  // barriers of the other block that this thread reports to
-  int stages_to_lead_ = Storage::kLead;  // staggered: until the second warpgroup may start
+  int lead_ = Storage::kLead;  // staggered: stages until the second warpgroup may start
   RingPosition<Storage::kStages> at_;
 };
 

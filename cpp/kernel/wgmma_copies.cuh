@@ -79,29 +79,35 @@ struct XBoxes {
   }
 };
 
-// Rows of x that this thread gathers, one vector of each every 64 of K. Padding past the last row
-// keeps what stages held, and padding before it is row 0: only their own columns of the product
-// depend on it, and those are not stored.
+// Rows of x that this thread gathers, one vector of each every 64 of K. Rows past the last one that
+// is no padding, as far as the products reach, are zeros: what is multiplied for nothing should at
+// least take little power. Padding before it is row 0. Neither is stored.
 template <class Config>
 struct XRows {
   using Element = typename Config::Element;
   using Stage = typename WgmmaStorage<Config>::Stage;
   static constexpr int kRows = kThreadRows<Config>;
-  const uint4* from[kRows];  // in the live stage: an address a copy, and nothing else to compute
-  int count = 0;             // up to the last row that is no padding
-  int vector, swizzled;      // swizzled: place of row 0, in bytes
+  const uint4* x;        // this thread's vector of the live stage, in row 0
+  uint32_t from[kRows];  // vectors from there to each row: pointers would take twice the registers
+  int count = 0;  // up to the last row that is no padding
+  int filled = 0;  // and up to the last that is multiplied
+  int vector, swizzled;  // swizzled: place of row 0, in bytes
   int k_end;
 
+  // rows: up to the tile's last that is no padding.
   __device__ __forceinline__ XRows(const GemmParams& p, const WorkRequest<Config>& work,
-                                   const KRange& range, int thread)
+                                   const KRange& range, int rows, int thread)
       : vector(thread % kTileVectors), k_end(min(range.end * kTile, p.k)) {
     const int row = thread / kTileVectors;
     swizzled = (row * kTile + (vector ^ row % 8) * kCopyVector) * static_cast<int>(sizeof(Element));
-    const auto* x = static_cast<const uint4*>(p.x) + range.begin * kTileVectors + vector;
+    x = static_cast<const uint4*>(p.x) + range.begin * kTileVectors + vector;
+    const int multiplied =
+        (rows + Config::kWidthStep - 1) / Config::kWidthStep * Config::kWidthStep;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (work.row[i] >= 0) count = i + 1;
-      from[i] = x + source_row(p, work.row[i]) * (p.x_stride / kCopyVector);
+      if (row + i * kRowStep<Config> < multiplied) filled = i + 1;
+      from[i] = source_row(p, work.row[i]) * static_cast<uint32_t>(p.x_stride / kCopyVector);
     }
   }
 
@@ -120,16 +126,24 @@ struct XRows {
   static constexpr int kXTileBytes = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
 
   __device__ __forceinline__ void copy_whole(Stage& stage) {
+    if (filled == kRows) {
+      copy_rows(stage, kRows);
+    } else {
+      copy_rows(stage, filled);
+    }
+    x += Config::kStageTiles * kTileVectors;
+  }
+
+  __device__ __forceinline__ void copy_rows(Stage& stage, int rows) const {
     const uint32_t to = ptx::shared_address(&stage.x) + swizzled;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      if (i >= rows) continue;
 #pragma unroll
       for (int t = 0; t < Config::kStageTiles; ++t) {
-        if (i < count) {
-          ptx::cp_async(to + t * kXTileBytes + i * kStepBytes, from[i] + t * kTileVectors);
-        }
+        ptx::cp_async_or_zero(to + t * kXTileBytes + i * kStepBytes, x + from[i] + t * kTileVectors,
+                              i < count);
       }
-      from[i] += Config::kStageTiles * kTileVectors;
     }
   }
 
@@ -144,9 +158,9 @@ struct XRows {
       unsigned char* to = reinterpret_cast<unsigned char*>(&stage.x[t]) + swizzled;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (i < count) {
-          ptx::cp_async(to + i * kStepBytes, from[i] + step,
-                        valid * static_cast<int>(sizeof(Element)));
+        if (i < filled) {
+          ptx::cp_async(to + i * kStepBytes, x + from[i] + step,
+                        i < count ? valid * static_cast<int>(sizeof(Element)) : 0);
         }
       }
     }
@@ -154,7 +168,7 @@ struct XRows {
 
   // Row of x behind row `id` of out. With m = floor((2^32 - 1) / d) + 1, id * m / 2^32 is the
   // quotient or one more, for all id < 2^31.
-  static __device__ __forceinline__ int64_t source_row(const GemmParams& p, int id) {
+  static __device__ __forceinline__ uint32_t source_row(const GemmParams& p, int id) {
     const uint32_t row = static_cast<uint32_t>(max(id, 0)), divisor = p.row_divisor;
     if (divisor == 1) return row;
     const uint32_t quotient = __umulhi(row, 0xffffffffu / divisor + 1);
@@ -189,51 +203,62 @@ struct WeightRun {
     const int64_t tile = stack_tile<Config>(p, work, column_tile) * p.k_tiles + k_tile;
     from = p.qweight + tile * Config::kWordsPerTile;
   }
-  __device__ __forceinline__ void copy(Stage& stage, int k_tiles, int column_tile, uint64_t* full) {
-    ptx::bulk_copy(stage.weights[column_tile], from, k_tiles * kTileBytes<Config>, full);
+  // All threads of a warp, of which one copies: `from` is then the warp's, as the copy wants it.
+  __device__ __forceinline__ void copy(Stage& stage, int k_tiles, int column_tile, uint64_t* full,
+                                       bool copies) {
+    if (copies) {
+      ptx::bulk_copy(stage.weights[column_tile], from, k_tiles * kTileBytes<Config>, full);
+    }
     from += Config::kStageTiles * Config::kWordsPerTile;
   }
 };
 
-// A vector of scales or zero points in every stage: 8 columns of one half K tile.
+// A vector of scales in every stage, 8 columns of one half K tile, and that of zero points.
 template <class Config>
 struct ScaleRun {
   using Element = typename Config::Element;
   using Storage = WgmmaStorage<Config>;
   using Stage = typename Storage::Stage;
-  const Element* from;  // in the live group
-  int to;               // place in a stage's scales, in bytes
-  int k, group_size;    // k: this half's first, counted from the live group's first
-  int groups_left;      // after the live one
+  const Element* from[Storage::kScaleSets];  // in the live group
+  int to;  // place in a stage's scales, in bytes
+  int k, group_size;  // k: this half's first, counted from the live group's first
+  int groups_left;  // after the live one
   bool needed;
 
   __device__ __forceinline__ ScaleRun(const GemmParams& p, const WorkRequest<Config>& work,
                                       int k_tile, int thread)
       : to(thread * kCopyVector * static_cast<int>(sizeof(Element))), group_size(p.group_size) {
     constexpr int kRowVectors = Config::kColumns / kCopyVector;
-    constexpr int kVectors = Storage::kScaleSets * Storage::kHalves * kRowVectors;
+    constexpr int kVectors = Storage::kHalves * kRowVectors;
     static_assert(kVectors <= Config::kCopyThreads, "a thread each");
     const int column = thread % kRowVectors * kCopyVector;
-    const int half = thread / kRowVectors % Storage::kHalves;
-    const bool zero_points = thread < kVectors && thread / kRowVectors >= Storage::kHalves;
+    const int half = thread / kRowVectors;
     needed = thread < kVectors && (half % 2 == 0 || scales_change_inside(p));
     const int first = k_tile * kTile + half * kHalf;
     const int group = min(first / group_size, p.num_groups - 1);
     k = first - group * group_size;
     groups_left = p.num_groups - 1 - group;
-    from = static_cast<const Element*>(zero_points ? p.zero_points : p.scales) +
-           (stack_tile<Config>(p, work, column / kTile) * p.num_groups + group) * kTile +
-           column % kTile;
+    const int64_t at =
+        (stack_tile<Config>(p, work, column / kTile) * p.num_groups + group) * kTile +
+        column % kTile;
+    from[0] = static_cast<const Element*>(p.scales) + at;
+    if constexpr (Config::kStoredZeroPoints) {
+      from[1] = static_cast<const Element*>(p.zero_points) + at;
+    }
   }
 
   // Past the last group that one stays live: rows of x are zero there.
   __device__ __forceinline__ void copy(Stage& stage) {
-    if (needed) ptx::cp_async(ptx::shared_address(&stage.scales[0][0][0]) + to, from);
+#pragma unroll
+    for (int set = 0; set < Storage::kScaleSets; ++set) {
+      if (needed) ptx::cp_async(ptx::shared_address(&stage.scales[set]) + to, from[set]);
+    }
     k += Config::kStageTiles * kTile;
     while (k >= group_size && groups_left > 0) {
       k -= group_size;
       --groups_left;
-      from += kTile;
+#pragma unroll
+      for (int set = 0; set < Storage::kScaleSets; ++set) from[set] += kTile;
     }
   }
 };

@@ -67,7 +67,7 @@ class WgmmaEpilogue {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           shared[8 * m + 2 * c + i % 2][kTile * g + column + 8 * (i / 2)] =
-              sums[g][first / 2 + 4 * m + i];
+              sums[g][first / 2 + 4 * m + i] * Dequant<Config>::kSumScale;
         }
       }
     }

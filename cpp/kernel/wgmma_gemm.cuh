@@ -38,18 +38,25 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, WgmmaStorage<
   }
 }
 
-// multiply<width> of the narrowest width that covers `rows`.
+// Products of the narrowest width that covers `rows`, in a loop of its own; where registers are few
+// there are two loops, of all rows and of fewer, the latter with a branch at each batch.
 template <class Config, int width = 1>
 __device__ __forceinline__ void multiply_rows(Consumer<Config>& consumer, int rows, int stages,
                                               WgmmaSums<Config>& sums) {
+  constexpr int kNarrow = Config::kWidths - 1;
   if constexpr (width == Config::kWidths) {
-    consumer.template multiply<width>(stages, sums);
-  } else {
-    if (rows <= width * Config::kWidthStep) {
-      consumer.template multiply<width>(stages, sums);
-    } else {
-      multiply_rows<Config, width + 1>(consumer, rows, stages, sums);
+    consumer.template multiply<width, width>(width, stages, sums);
+  } else if constexpr (Config::kHasRegisters) {
+    if (rows > width * Config::kWidthStep) {
+      return multiply_rows<Config, width + 1>(consumer, rows, stages, sums);
     }
+    consumer.template multiply<width, width>(width, stages, sums);
+  } else {
+    if (rows > kNarrow * Config::kWidthStep) {
+      return multiply_rows<Config, Config::kWidths>(consumer, rows, stages, sums);
+    }
+    const int wanted = (rows + Config::kWidthStep - 1) / Config::kWidthStep;
+    consumer.template multiply<1, kNarrow>(wanted, stages, sums);
   }
 }
 
@@ -69,7 +76,7 @@ __device__ __forceinline__ void consume(const GemmParams& p, WgmmaStorage<Config
     const auto& work = storage.rest.work[at.slot];
     if (work.expert < 0) break;
     WgmmaSums<Config> sums = {};
-    multiply_rows<Config>(consumer, work.rows, stages, sums);
+    multiply_rows<Config>(consumer, ptx::uniform(work.rows), stages, sums);
     if (whole_rows) {
       rows.store(work, sums);
     } else {
@@ -95,7 +102,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     Producer<Config>(p, storage).run();
   } else {
     ptx::take_registers<Config::kMultiplyRegisters>();
-    consume<Config>(p, storage, (threadIdx.x - Config::kCopyThreads) / kWarpgroup);
+    const int thread = threadIdx.x - Config::kCopyThreads;
+    consume<Config>(p, storage, ptx::uniform(thread / kWarpgroup));
   }
   if (p.share_x > 1) {  // others still write here and arrive here
     __syncwarp();

@@ -3,8 +3,8 @@
 //
 // A lane of each warp requests one column tile's weights as a bulk copy, and a box of x where rows
 // are neighbours. Other rows all threads gather with cp.async, as they do scales: a stage costs the
-// products 500 to 1000 clocks and must cost less here, so every thread keeps an address for each of
-// its rows.
+// products 500 to 1000 clocks and must cost less here, so every thread keeps the place of each
+// of its rows.
 #pragma once
 
 #include "wgmma_copies.cuh"
@@ -32,6 +32,7 @@ class Producer {
     while (index < order.count()) {
       Request work = next;
       work.check(p_);
+      work.expert = ptx::uniform(work.expert);
       index += clusters;
       // Routing tables of the next piece arrive while this one is copied.
       if (index < order.count()) next.load(p_, order, index, first_row());
@@ -42,7 +43,7 @@ class Producer {
       if constexpr (Config::kInBoxes) {
         copy(work, XBoxes<Config>(p_, work, rows, thread_));
       } else {
-        copy(work, XRows<Config>(p_, work, k_, thread_));
+        copy(work, XRows<Config>(p_, work, k_, rows, thread_));
       }
     }
     Request end;
@@ -93,7 +94,7 @@ class Producer {
   // All stages of one piece of work; x: XBoxes or XRows.
   template <class X>
   __device__ __forceinline__ void copy(const Request& work, X x) {
-    const int warp = thread_ / 32;
+    const int warp = ptx::uniform(thread_ / 32);
     WeightRun<Config> weights(p_, work, k_.begin, warp);
     ScaleRun<Config> scales(p_, work, k_.begin, Config::kCopyThreads - 1 - thread_);
     const bool copies_weights = thread_ % 32 == 0 && warp < Config::kColumnTiles;
@@ -106,7 +107,7 @@ class Producer {
         const int of_weights = Config::kColumnTiles * k_tiles * kTileBytes<Config>;
         ptx::mbarrier_arrive_expect(full, of_weights + x.bytes());
       }
-      if (copies_weights) weights.copy(stage, k_tiles, warp, full);
+      weights.copy(stage, k_tiles, warp, full, copies_weights);
       x.copy(stage, k_tile, full);
       scales.copy(stage);
       ptx::mbarrier_arrive_after_copies(full);

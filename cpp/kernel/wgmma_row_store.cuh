@@ -115,14 +115,15 @@ class RowStore {
     }
   }
 
-  // Router weights of tokens 2c and 2c + 1 of a block of 8 rows; one of the two factors is 1.
+  // Router weights of tokens 2c and 2c + 1 of a block of 8 rows, and what sums want (dequant.cuh).
   struct Weights {
     float2 before_bias, after;
   };
   __device__ __forceinline__ Weights weights(const Work& work, int first) const {
+    constexpr float kSum = Dequant<Config>::kSumScale;
     const float2 w = *reinterpret_cast<const float2*>(&work.weight[first + thread_ % 4 * 2]);
-    const float2 one = {1.f, 1.f};
-    return p_.weights_before_bias ? Weights{w, one} : Weights{one, w};
+    if (p_.weights_before_bias) return {{kSum * w.x, kSum * w.y}, {1.f, 1.f}};
+    return {{kSum, kSum}, w};
   }
 
   // sum i of 4 of a block of 8 rows: column 16w + g + 8 (i / 2), row 2c + i % 2.

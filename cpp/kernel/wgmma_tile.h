@@ -20,13 +20,17 @@ struct WgmmaTile {
 
   constexpr int column_tiles() const { return groups * group_tiles; }
   constexpr int columns() const { return kTile * column_tiles(); }
+  // Codes of 8 bits take twice the room, and registers.
+  constexpr int stage_tiles_of(int bits) const {
+    return bits == 8 && group_tiles * stage_tiles > 2 ? stage_tiles / 2 : stage_tiles;
+  }
   // Gate and up of the same columns meet in one warpgroup: each a column tile of its own or, where
   // sums of one fill the registers, half of one (wgmma_gated_store.cuh).
   constexpr bool can_gate() const { return group_tiles == 2 || in_boxes; }
-  // The last rows of an expert rarely fill a tile: narrower products spare the tensor cores, and
-  // x is copied in boxes of as many rows.
+  // The last rows of an expert rarely fill a tile: narrower products spare the tensor cores, where
+  // those are the limit, and x is copied in boxes of as many rows.
   constexpr int width_step() const {
-    return tile_m <= 32 ? 16 : tile_m % 48 == 0 ? tile_m / 3 : tile_m / 4;
+    return tile_m <= 32 ? tile_m : tile_m % 48 == 0 ? tile_m / 3 : tile_m / 4;
   }
   constexpr int threads() const { return 128 * (groups + copy_groups); }
 };

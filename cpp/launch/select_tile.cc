@@ -93,11 +93,7 @@ int select_width(const GemmProblem& problem, const DeviceLimits& device) {
   const auto blocks_of = [&](int tile) {
     return row_blocks(problem, kTileTable[tile]) * ceil_div(problem.n, kTileTable[tile].columns());
   };
-  // Of 16 rows the last two are equally wide: for short K of many experts, and for long.
-  constexpr int kShortK = 2048;
-  const bool short_k = tile_m == 16 && problem.moe_block_size > 0 && problem.k <= kShortK;
-  const int widest = range.last - (short_k ? 1 : 0);
-  const int narrow = std::max(range.first, range.last - (tile_m == 16 ? 2 : 1));
+  const int narrow = std::max(range.first, range.last - 1);
   // The narrowest of 16 rows where its blocks run at once: K is split least. In clusters more than
   // two parts of it do not pay: the widest's many parts fetch x for fewer blocks.
   const bool in_clusters = tile_m == 16 && problem.moe_block_size == 0 && device.has_wgmma;
@@ -109,7 +105,7 @@ int select_width(const GemmProblem& problem, const DeviceLimits& device) {
   const int64_t blocks = blocks_of(range.last);
   const int64_t large = int64_t{1} << (tile_m == 16 ? 25 : 26);
   const bool fits = static_cast<int64_t>(problem.k) * problem.n >= large || blocks >= 2 * sm_count;
-  return fits ? widest : narrow;
+  return fits ? range.last : narrow;
 }
 
 }  // namespace
@@ -129,7 +125,7 @@ TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits&
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   if (problem.transposed) return tile_choice(problem, fitting_tiles(problem).first, device);
-  if (device.has_wgmma && prefers_wgmma(problem)) {
+  if (device.has_wgmma && prefers_wgmma(problem, device.sm_count)) {
     return select_wgmma_tile(problem, device.sm_count);
   }
   return tile_choice(problem, select_width(problem, device), device);

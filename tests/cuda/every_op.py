@@ -27,16 +27,16 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
             jm.quantize(rng.normal(size=(1, *size)) / 10, group_size=-1, **options)
             for size in ((96, 256), (128, 72))
         )
-        tall, deep = (
+        tall, deep, broad = (
             jm.quantize(rng.normal(size=(1, *size)) / 10, group_size=-1, **options)
-            for size in ((96, 4096), (2048, 72))
+            for size in ((96, 4096), (2048, 72), (96, 16904))
         )
         long = jm.quantize(rng.normal(size=(2048, 64)) / 10, group_size=128, **options)
     # Act-order of each expert's own: the gather kernel.
     perm = np.stack([rng.permutation(96).astype(np.int32) for _ in range(3)])
-    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, long, perm)
+    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, long, perm)
     on_gpu = jax.device_put(stacks, jax.devices()[0])
-    gate_up, down, wide, narrow, one, flat, tall, deep, long, perm = on_gpu
+    gate_up, down, wide, narrow, one, flat, tall, deep, broad, long, perm = on_gpu
     permuted = dataclasses.replace(gate_up, perm=perm)
 
     def routed(x, topk_weights, topk_ids, counts):
@@ -74,6 +74,13 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
         topk_ids = jnp.asarray(rng.integers(0, experts, (rows, experts)), jnp.int32)
         result = jax.jit(jm.moe_ffn)(x, topk_ids, jnp.full(topk_ids.shape, 0.5), *layer)
         assert np.isfinite(np.asarray(result).astype(np.float32)).all()
+    # Blocks of 16 rows, of which there are enough to fill the GPU.
+    x, ids = jnp.asarray(rng.normal(size=(20, 96)), dtype), jnp.zeros((20, 1), jnp.int32)
+    routing = jm.moe_align_block_size(ids, 16, 1)
+    result = jax.jit(
+        lambda x, *routing: jm.moe_matmul(x, broad, *routing, moe_block_size=16, top_k=1)
+    )(x, *routing)
+    assert np.isfinite(np.asarray(result).astype(np.float32)).all()
     # Split K: few columns, long K. Its parts meet in a cluster, or in scratch where there is none.
     jax.block_until_ready(long(jnp.ones((5, 2048), dtype)))
     print("every op ran")

@@ -20,7 +20,7 @@ using jax_marlin::KernelConfig;
 using jax_marlin::TileConfig;
 using jax_marlin::ZeroPoints;
 using Config =
-    KernelConfig<__nv_bfloat16, 4, ZeroPoints::kSymmetric, TileConfig{8, 1, 1, 8, 4, 5, 3}>;
+    KernelConfig<__nv_bfloat16, 4, ZeroPoints::kSymmetric, TileConfig{32, 8, 2, 4, 2, 4, 2}>;
 
 constexpr int kTokens = 8, kTile = 64;
 
@@ -35,8 +35,7 @@ __global__ void multiply(const uint32_t* qweight, const __nv_bfloat16* x, float*
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
 
-  const auto one = __float2bfloat162_rn(1.f), eight = __float2bfloat162_rn(8.f);
-  const GroupScale<Config> scale(one, eight);
+  const GroupScale<Config> scale(__float2bfloat162_rn(1.f));
   uint32_t a[4][4];
   for (int step = 0; step < 4; ++step) {
     jax_marlin::dequantize<Config>(qweight + 4 * t + step, scale, a[step]);
@@ -58,7 +57,8 @@ __global__ void multiply(const uint32_t* qweight, const __nv_bfloat16* x, float*
   }
   asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
   for (int i = 0; i < 4; ++i) {
-    y[(2 * c + i % 2) * kTile + 16 * warp + g + 8 * (i / 2)] = d[i];
+    const float sum = d[i] * jax_marlin::Dequant<Config>::kSumScale;
+    y[(2 * c + i % 2) * kTile + 16 * warp + g + 8 * (i / 2)] = sum;
   }
 }
 

@@ -6,7 +6,7 @@
 namespace jax_marlin {
 
 // More rows to a tile than mma.sync serves well. The device must have wgmma, too: launch.h.
-bool prefers_wgmma(const GemmProblem& problem);
+bool prefers_wgmma(const GemmProblem& problem, int sm_count);
 
 TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count);
 
