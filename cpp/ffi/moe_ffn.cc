@@ -26,8 +26,10 @@ struct LayerStack {
         .require((columns + kTile - 1) / kTile == leaves.qweight.dimensions()[1], "qweight",
                  "not of as many columns as the layer");
     if (perm.element_count() != 0) {
-      checks.expect(gathered, "gathered rows", leaves.x.element_type(),
-                    {routes, leaves.x.dimensions()[1]});
+      checks
+          .expect(gathered, "gathered rows", leaves.x.element_type(),
+                  {routes, leaves.x.dimensions()[1]})
+          .require(is_countable(gathered), "gathered rows", kTooMany);
     }
   }
 
@@ -130,10 +132,7 @@ ffi::Error moe_ffn(
   const bool wide_rows = rows->element_type() == ffi::F32;
   checks.expect(*rows, "rows", wide_rows ? ffi::F32 : x.element_type(), {kAny, columns});
   if (!checks.ok()) return checks.error();
-  checks
-      .require(routes * x.dimensions()[1] < kMostElements, "topk_ids",
-               "of so many routes that x's rows, one for each, have 2^35 elements or more")
-      .require(hidden->dimensions()[0] >= routes, "hidden", "of fewer rows than routes")
+  checks.require(hidden->dimensions()[0] >= routes, "hidden", "of fewer rows than routes")
       .require(rows->dimensions()[0] >= routes, "rows", "of fewer rows than routes");
   checks.require(down_qweight.dimensions()[0] == gate_up_qweight.dimensions()[0], "down_qweight",
                  "not of as many experts as gate_up_qweight");

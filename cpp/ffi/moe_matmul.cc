@@ -52,7 +52,8 @@ ffi::Error moe_matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qwei
       .require((params.n + kTile - 1) / kTile == params.stack_n_tiles, "out",
                "not of the stack's columns");
   if (perm.element_count() != 0) {
-    checks.expect(*gathered, "gathered", x.element_type(), {params.out_rows, params.x_stride});
+    checks.expect(*gathered, "gathered", x.element_type(), {params.out_rows, params.x_stride})
+        .require(is_countable(*gathered), "gathered", kTooMany);
   }
   if (!checks.ok()) return checks.error();
   if (out->element_count() == 0) return ffi::Error::Success();

@@ -7,8 +7,11 @@
 
 namespace jax_marlin {
 
-// Of x: kernels count its vectors of 8 in 32 bits.
-constexpr int64_t kMostElements = int64_t{8} << 32;
+// Kernels count the vectors of 8 elements of what they gather rows from in 32 bits.
+inline bool is_countable(const ffi::AnyBuffer& x) {
+  return x.element_count() < (uint64_t{8} << 32);
+}
+constexpr char kTooMany[] = "of 2^35 elements or more";
 
 struct StackOperands {
   ffi::AnyBuffer x, qweight, scales, zero_points;
@@ -28,9 +31,6 @@ struct StackOperands {
         .require(is_result(out) && out.dimensions()[1] <= qweight.dimensions()[1] * kTile, "out",
                  "neither of x's dtype nor float32, not of rank 2, or larger than int32 rows by "
                  "the stack's columns");
-    if (!checks.ok()) return;
-    checks.require(out.dimensions()[0] * x.dimensions()[1] < kMostElements, "out",
-                   "of so many rows that x's, one for each, have 2^35 elements or more");
   }
 
   // The leaves alone, and that x is a matrix of their dtype.
@@ -46,7 +46,7 @@ struct StackOperands {
         .expect(x, "x", dtype, {kAny, kAny});
     if (!checks.ok()) return;
     const auto tiles = qweight.dimensions();
-    checks.require(x.element_count() < kMostElements, "x", "of 2^35 elements or more")
+    checks.require(is_countable(x), "x", kTooMany)
         .require(tiles[0] > 0 && tiles[0] <= INT32_MAX && tiles[1] <= INT32_MAX / kTile, "qweight",
                  "without experts, or with more than int32 can index")
         .expect(scales, "scales", dtype, {tiles[0], tiles[1], num_groups(), kTile})

@@ -168,7 +168,8 @@ __device__ __forceinline__ void stmatrix_transposed(void* row, const uint32_t (&
                : "memory");
 }
 
-// cp.async.cg of all 16 bytes, or of as many zeros: a size that varies costs more instructions.
+// cp.async.cg of all 16 bytes, or of as many zeros in their place (its ignore-src): a size that
+// varies costs more instructions than the copy.
 __device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* global, bool copies) {
   asm volatile(
       "{.reg .pred ignore;\n"
@@ -178,6 +179,7 @@ __device__ __forceinline__ void cp_async_or_zero(uint32_t shared, const void* gl
       : "r"(shared), "l"(global), "r"(static_cast<int>(copies))
       : "memory");
 }
+// The same, of bytes always.
 __device__ __forceinline__ void cp_async(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared), "l"(global) : "memory");
 }

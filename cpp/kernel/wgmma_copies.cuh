@@ -126,7 +126,7 @@ struct XRows {
   static constexpr int kXTileBytes = Config::kTileM * kTile * static_cast<int>(sizeof(Element));
 
   __device__ __forceinline__ void copy_whole(Stage& stage) {
-    if (filled == kRows) {
+    if (filled == kRows) {  // as in most pieces: rows are not compared one by one
       copy_rows(stage, kRows);
     } else {
       copy_rows(stage, filled);

@@ -14,6 +14,8 @@ namespace {
 constexpr int kManyRows = 128;  // of a tile that is as fast as any, row by row
 constexpr int kMinRows = 17;  // of a tile; below, an mma.sync tile of 8 or 16 rows does less work
 constexpr int kMinRoutedRows = 9;  // where blocks of 16 slots fill the GPU
+constexpr WgmmaTile kFewestRows = kWgmmaTable[3].tile;
+static_assert(kFewestRows.tile_m == 16, "takes blocks of 9 to 16 slots");
 
 int64_t tile_rows(const GemmProblem& problem) {
   return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
@@ -65,9 +67,9 @@ bool prefers_wgmma(const GemmProblem& problem, int sm_count) {
   if (problem.gated && !pairs) return false;
   if (tile_rows(problem) >= kMinRows) return true;
   if (problem.moe_block_size < kMinRoutedRows) return false;
-  // Of 16 rows there is one tile, over all of K, which wants two blocks an SM or three.
+  // So few rows have one tile, over all of K, which wants two blocks an SM or three.
   const int64_t row_blocks = ceil_div(problem.rows, problem.moe_block_size);
-  return row_blocks * ceil_div(problem.n, 2 * kTile) >= 2 * sm_count;
+  return row_blocks * ceil_div(problem.n, kFewestRows.columns()) >= 2 * sm_count;
 }
 
 TileChoice select_wgmma_tile(const GemmProblem& problem, int sm_count) {
