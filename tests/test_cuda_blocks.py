@@ -8,6 +8,7 @@ import oracle
 import problems
 import pytest
 from moe_layers import build_layer, expected
+from weighted_rows import assert_weighted_rows, topk_ids
 
 import jax_marlin as jm
 from jax_marlin.ops.moe_align_block_size import aligned_sizes, select_moe_block_size
@@ -33,12 +34,6 @@ FORMATS = {
     "bfloat16_group_128": {"dtype": "bfloat16", "k": 1344, "group_size": 128},
     "float16_group_256": {"dtype": "float16", "k": 1344, "group_size": 256, "zeros": "v2"},
 }  # fmt: skip
-
-
-def topk_ids(rows: tuple[int, ...]) -> np.ndarray:
-    """One expert a token, in random order, so that an expert's rows are no neighbours."""
-    ids = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
-    return np.random.default_rng(len(rows)).permutation(ids)[:, None]
 
 
 def columns(block: int) -> int:
@@ -80,16 +75,7 @@ def test_products(block, kind, out):
 
     got = np.asarray(jax.block_until_ready(run()))
     assert got.tobytes() == np.asarray(run()).tobytes()
-    assert case.bias is not None
-    for expert, weight in enumerate(case.weights):
-        own = np.flatnonzero(ids[:, 0] == expert)
-        if own.size:
-            w, bias = case.topk_weights[own].astype(float), case.bias[expert].astype(float)
-            own_x = case.x[own].astype(float)
-            # What the rounding of the product may err, times the router's weight.
-            budget = oracle.matmul_budget(own_x, weight, problem.dtype, bias) * w
-            exact = oracle.matmul(own_x, weight, bias) * w
-            oracle.assert_within(got[own], exact, budget, f"expert {expert}")
+    assert_weighted_rows(got, case, ids, problem.dtype)
 
 
 @pytest.mark.parametrize("k", [2048, 8192, 14336])

@@ -55,17 +55,10 @@ DENSE = {
     "6_in_4_parts": Case(13, 1344, 136, 6, 4, 3),
     "6_in_2_parts": Case(16, 4160, 6152, 6, 2, 32, formats=LARGE),
 }  # fmt: skip
-# Blocks of 4 rows split a long K so that each keeps its part of x.
 ROUTED = {
     "0_single_routes": Case(3, 2112, 72, 0, 4, 6, 3, 2, 1, True),
     "0_in_2_parts": Case(9, 2112, 200, 0, 2, 16, 3, 2, 8, True),
     "0_in_2_parts_with_a_ring": Case(128, 11840, 200, 0, 2, 92, 1, 1, 4, formats=LARGE),
-    "1_in_2_parts": Case(128, 8256, 200, 1, 2, 64, 2, 2, 4, True, formats=LARGE),
-    "1_in_2_parts_of_8bit": Case(
-        256, 11840, 200, 1, 2, 92, 1, 1, 4, True, formats=("float16_8bit",)
-    ),
-    "2_in_2_parts": Case(128, 7744, 1024, 2, 2, 60, 1, 1, 4, True, formats=LARGE),
-    "3_in_2_parts": Case(64, 14336, 1024, 3, 2, 112, 2, 2, 4, True, formats=LARGE),
     "4_in_4_parts": Case(5, 4160, 40, 4, 4, 14, 3, 1, 12, True),
     "4_in_8_parts": Case(8, 8256, 40, 4, 8, 10, 1, 1, 16, True),
     "6_in_2_parts": Case(1, 8000, 4232, 6, 2, 62, 1, 1, 16, True, formats=LARGE),

@@ -20,7 +20,7 @@ H100 = {"sm_count": 132, "has_wgmma": True}
 PRODUCTS = {
     0: (9, 2, 5, 136, 8),
     1: (700, 1, 3, 136, 8),
-    2: (700, 2, 3, 136, 8),
+    2: (520, 2, 3, 136, 8),
     4: (21, 2, 5, 136, 16),
     5: (60, 2, 9, 264, 16),
 }
@@ -77,7 +77,7 @@ def test_products_take_the_tile_and_stay(tile, weights):
     choice = extension.select_tile(
         *sizes, bits(weights), routes=m * top_k, num_experts=num_experts, **H100
     )
-    assert not choice["wgmma"] and choice["tile"] == tile
+    assert not choice["wgmma"] and not choice["streams"] and choice["tile"] == tile
     stays = extension.select_residence(
         tile, *sizes, group_size=group_size(weights), bits=bits(weights)
     )
@@ -95,7 +95,7 @@ def test_layers_take_the_tile_and_stay(name, weights):
         columns=136, bits=bits(weights), slots=slots, moe_block_size=block, **H100,
     )  # fmt: skip
     assert choice["tables"] == ("without" not in name)
-    assert choice["gate_up"]["tile"] == int(name[0])
+    assert not choice["gate_up"]["streams"] and choice["gate_up"]["tile"] == int(name[0])
     rows, block = (slots, block) if choice["tables"] else (m * top_k, 1)
     stays = extension.select_residence(
         int(name[0]), rows, block, weights["k"], 2 * intermediate,

@@ -21,14 +21,23 @@ def problems():
             yield rows, block, k, n, bits
 
 
+def kernel_of(choice):
+    return "wgmma" if choice["wgmma"] else "stream" if choice["streams"] else "mma"
+
+
 @pytest.mark.parametrize("has_wgmma", [False, True], ids=["sm_80", "sm_90"])
 def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
-    tables = {False: _jax_marlin.tile_table(), True: _jax_marlin.wgmma_table()}
+    tables = {
+        "mma": _jax_marlin.tile_table(),
+        "stream": _jax_marlin.stream_table(),
+        "wgmma": _jax_marlin.wgmma_table(),
+    }
     kernels, splits = set(), set()
     for problem, sm_count in itertools.product(problems(), SM_COUNTS):
         rows, block, k, n, bits = problem
         choice = _jax_marlin.select_tile(rows, block, k, n, bits, sm_count, has_wgmma)
-        tile = tables[choice["wgmma"]][choice["tile"]]
+        kernel = kernel_of(choice)
+        tile = tables[kernel][choice["tile"]]
         assert (
             choice["n_blocks"] * tile["columns"] >= n > (choice["n_blocks"] - 1) * tile["columns"]
         )
@@ -39,14 +48,14 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
             assert choice["row_blocks"] == -(-rows // tile["tile_m"])
         assert 1 <= choice["split_k"] <= 8
         # Every part of K must hold at least one packed tile for each warp of K.
-        warps_k = tile["stage_tiles"] if choice["wgmma"] else tile["warps_k"]
+        warps_k = tile["warps_k"] if kernel == "mma" else tile["stage_tiles"]
         assert choice["split_k"] == 1 or -(-k // 64) >= choice["split_k"] * warps_k
         assert choice["in_cluster"] == (has_wgmma and choice["split_k"] > 1)
         assert choice["scratch_bytes"] <= _jax_marlin.scratch_bytes(*problem), (problem, choice)
         assert not has_wgmma or choice["scratch_bytes"] == 0  # parts of K meet in clusters
-        kernels.add(choice["wgmma"])
+        kernels.add(kernel)
         splits.add(choice["split_k"])
-    assert kernels == {False, has_wgmma}
+    assert kernels == ({"mma", "stream", "wgmma"} if has_wgmma else {"mma"})
     assert splits == ({1, 2, 4, 8} if has_wgmma else set(range(1, 9)))
 
 
@@ -60,9 +69,9 @@ def test_few_rows_take_narrow_blocks_before_they_split_k():
     assert choice["split_k"] == 1 and choice["n_blocks"] == 128
 
 
-def columns_of(rows, block, k, n, routes, num_experts, has_wgmma=False):
+def columns_of(rows, block, k, n, routes, num_experts):
     choice = _jax_marlin.select_tile(
-        rows, block, k, n, 4, 132, has_wgmma, routes=routes, num_experts=num_experts
+        rows, block, k, n, 4, 132, routes=routes, num_experts=num_experts
     )
     return _jax_marlin.tile_table()[choice["tile"]]["columns"]
 
@@ -76,7 +85,6 @@ def test_blocks_are_as_wide_as_the_experts_that_routes_reach_allow():
     assert columns_of(8, 1, 2048, 7168, 8, 256) == 128  # one wave of short blocks
     assert columns_of(2, 1, 4096, 28672, 2, 8) == 64  # 3.4 of 128 columns: four or three
     assert columns_of(288, 8, 4096, 28672, 32, 8) == 64  # several waves of long blocks
-    assert columns_of(288, 8, 4096, 28672, 32, 8, has_wgmma=True) == 128  # but x stays
 
 
 def test_small_problems_split_k_to_fill_the_gpu():
@@ -117,19 +125,6 @@ def test_clusters_fetch_x_for_few_blocks():
     assert clustered(16, 4096, 4096) == (128, 1)  # one part of the narrowest fills the GPU
     # The narrowest of all, some multiprocessors with twice the work of others.
     assert clustered(1, 4096, 6144) == (192, 2) and clustered(8, 4096, 6144) == (192, 1)
-
-
-def test_very_few_rows_split_a_long_k_so_that_x_stays():
-    def split(rows, block, k, **device):
-        choice = _jax_marlin.select_tile(
-            rows, block, k, 4096, 4, 132, **device, routes=8, num_experts=8
-        )
-        return choice["split_k"]
-
-    assert split(32, 4, 14336, **SM_90) == 2
-    assert split(32, 4, 4096, **SM_90) == 1  # it stays whole
-    assert split(64, 8, 14336, **SM_90) == 1  # more rows, fewer reasons
-    assert split(32, 4, 14336, **SM_80) == 1
 
 
 def test_large_problems_do_not_split_k():

@@ -12,6 +12,7 @@
 #include "../launch/residence.h"
 #include "../launch/select_layer.h"
 #include "../launch/select_tile.h"
+#include "../launch/stream/tile_table.h"
 #include "../launch/tile_table.h"
 #include "../launch/wgmma/tile_table.h"
 #include "packers.h"
@@ -63,6 +64,7 @@ nb::list tile_table() {
 nb::dict describe(const TileChoice& choice) {
   nb::dict result;
   result["wgmma"] = choice.wgmma;
+  result["streams"] = choice.streams;
   result["tile"] = choice.tile;
   result["sub_blocks"] = choice.sub_blocks;
   result["row_blocks"] = choice.row_blocks;
@@ -132,6 +134,19 @@ nb::dict transposed_table() {
   return rows;
 }
 
+nb::list stream_table() {
+  nb::list rows;
+  for (const StreamTile& row : kStreamTable) {
+    nb::dict tile;
+    tile["tile_m"] = kStreamRows;
+    tile["columns"] = kStreamColumns;
+    tile["stage_tiles"] = row.stage_tiles;
+    tile["min_blocks"] = row.min_blocks;
+    rows.append(tile);
+  }
+  return rows;
+}
+
 nb::list wgmma_table() {
   nb::list rows;
   for (const WgmmaTileRow& row : kWgmmaTable) {
@@ -170,6 +185,7 @@ NB_MODULE(_jax_marlin, m) {
   m.def(
       "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
   m.def("transposed_table", &transposed_table, "The tiles of x W^T.");
+  m.def("stream_table", &stream_table, "The rows for few tokens and many weights, on sm_90.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",

@@ -42,8 +42,9 @@ ffi::Error transposed_product(cudaStream_t stream, ffi::AnyBuffer g, ffi::AnyBuf
   routing.fill(params);
 
   // Used slots are whole blocks: a last one that is not is never used.
-  const int slots = params.slots / params.moe_block_size * params.moe_block_size;
-  GemmProblem problem = {slots, params.moe_block_size, params.k, params.n, static_cast<int>(bits)};
+  params.slots = params.slots / params.moe_block_size * params.moe_block_size;
+  GemmProblem problem = {params.slots, params.moe_block_size, params.k, params.n,
+                         static_cast<int>(bits)};
   problem.transposed = true;
   GemmLaunch gemm = {params, {}, stack.element(), problem.bits, scratch->untyped_data()};
   cudaError_t status = plan_gemm(gemm, problem);

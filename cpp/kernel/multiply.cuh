@@ -39,7 +39,7 @@ __device__ __forceinline__ void step_words(const uint4 (&tile)[Config::kVectors]
 //   end_scale(halves)                   so many halves are done
 // by_tile: both halves have the same scale.
 template <class Config, bool by_tile, class Operands>
-__device__ __forceinline__ void multiply_tile(const Operands& operands, int tile,
+__device__ __forceinline__ void multiply_tile(Operands& operands, int tile,
                                               Accumulator<Config>& acc) {
   uint4 words[Config::kFragsN][Config::kVectors];
   float sums[Config::kFragsN][Config::kFragsM][4];  // where the sum is scaled, not the weights

@@ -14,6 +14,11 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
+// Rows and slots that a GEMM looks through for those to zero: what a block does in its first
+// microseconds.
+constexpr int kMaxNamedRows = 1024;
+constexpr int kMaxNamedSlots = 2048;
+
 // Yt = Wt Xt for one stack of experts. Sizes are in elements unless named _bytes. For x W^T, k and
 // k_tiles are those of the sum, which runs along the weight's N, n is its K, first_tile a tile of
 // N.
@@ -61,6 +66,7 @@ struct GemmParams {
   bool columns_first;  // blocks with neighbouring columns run together, not those of rows
   bool x_is_pending;  // the kernel before this one, still running, writes x
   bool zeros_are_pending;  // it zeroes arrivals or out
+  bool zeroes_rows;  // routed by tables: rows of out that no slot names, too (unnamed_rows.cuh)
   bool next_fits_beside;  // the kernel after this one has room while this one runs: it starts early
   bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
   TensorMap x_boxes;  // wgmma, where rows of x are neighbours: dense, or by slot

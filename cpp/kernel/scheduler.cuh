@@ -3,6 +3,7 @@
 
 #include "params.h"
 #include "shared_storage.cuh"
+#include "unnamed_rows.cuh"
 
 namespace jax_marlin {
 
@@ -116,6 +117,16 @@ __device__ __forceinline__ bool seek(const GemmParams& p, SharedStorage<Config>&
   tile.split = blockIdx.z;
   tile.column_block = p.columns_first ? blockIdx.x : blockIdx.y;
   tile.index = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int row_blocks = p.columns_first ? gridDim.y : gridDim.x;
+  if (p.zeroes_rows && row_block == row_blocks - 1) {  // the one behind those that multiply
+    if (tile.split > 0) return false;
+    static_assert(sizeof(NamedRows) <= sizeof(storage.stages), "in their place");
+    auto& named = reinterpret_cast<NamedRows&>(storage.stages);
+    zero_unnamed_rows(
+        p, named, threadIdx.x, Config::kThreads, [] { __syncthreads(); }, 0, 1,
+        tile.column_block * Config::kColumns, Config::kColumns);
+    return false;
+  }
   if constexpr (Config::kSumsRoutes) {
     tile.expert = 0;
     seek_routes<Config>(p, row_block, storage);

@@ -1,6 +1,7 @@
 // The wgmma kernel's single template argument, every constant that follows, and its shared memory.
 #pragma once
 
+#include "ring_position.cuh"
 #include "weight_format.cuh"
 #include "wgmma_tile.h"
 
@@ -117,18 +118,6 @@ struct WgmmaStorage {
   Stage stages[kStages];
   Rest rest;
   uint64_t full[kStages], empty[kStages];
-};
-
-// Where a reader or writer of the ring stands.
-template <int slots>
-struct RingPosition {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 // Whether the two halves of a packed K tile can have different scales.

@@ -11,6 +11,7 @@
 #include "instances.h"
 #include "launch_gemm.h"
 #include "residence.h"
+#include "stream/launch.h"
 #include "tile_table.h"
 #include "wgmma/launch.h"
 
@@ -59,6 +60,24 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+cudaError_t launch_stream(const GemmLaunch& gemm, int sm_count, Order order, cudaStream_t stream) {
+  GemmParams params = gemm.params;
+  params.n_blocks = gemm.choice.n_blocks;
+  const StreamKernel stays = stream_kernel(gemm);
+  const int64_t pieces = gemm.choice.row_blocks * gemm.choice.n_blocks;
+  const int64_t blocks = std::min<int64_t>(pieces, int64_t{sm_count} * stays.blocks_per_sm);
+  if (pieces + blocks > INT32_MAX) return cudaErrorInvalidConfiguration;  // indices run past them
+  return launch(stays.kernel.function, dim3(static_cast<unsigned>(blocks)), stays.kernel.threads,
+                stays.kernel.shared_bytes, order, stream, params);
+}
+
+// Whether the GEMM itself can zero the rows that it does not compute.
+bool can_zero_rows(const GemmLaunch& gemm) {
+  const GemmParams& p = gemm.params;
+  return !gemm.choice.wgmma && p.sorted_token_ids != nullptr && p.slots > 0 &&
+         p.slots <= kMaxNamedSlots && p.out_rows <= kMaxNamedRows;
+}
+
 cudaError_t launch_clear(void* begin, int64_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const int64_t blocks = bytes / (kClearThreads * sizeof(uint4)) + 1;
@@ -95,6 +114,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   const cudaError_t found = current_device(&device);
   if (found != cudaSuccess) return found;
   if (choice.wgmma) return launch_wgmma_gemm(gemm, device.sm_count, stream);
+  if (choice.streams) return launch_stream(gemm, device.sm_count, order, stream);
   GemmParams params = gemm.params;
   params.split_k = choice.split_k;
   params.sub_blocks = choice.sub_blocks;
@@ -109,8 +129,9 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
   // last. Dense: row blocks first, which share weights.
   const bool routed = params.expert_ids != nullptr || params.topk_ids != nullptr;
-  params.columns_first = routed && choice.row_blocks <= kMaxGridY;
-  dim3 grid(static_cast<unsigned>(choice.row_blocks), choice.n_blocks, choice.split_k);
+  const int64_t row_blocks = choice.row_blocks + (params.zeroes_rows ? 1 : 0);
+  params.columns_first = routed && row_blocks <= kMaxGridY;
+  dim3 grid(static_cast<unsigned>(row_blocks), choice.n_blocks, choice.split_k);
   if (params.columns_first) std::swap(grid.x, grid.y);
   if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
   const int cluster = choice.in_cluster ? choice.split_k : 1;
@@ -128,6 +149,10 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
 }
 
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {
+  if (out_bytes > 0 && can_zero_rows(gemm)) {
+    gemm.params.zeroes_rows = true;
+    out_bytes = 0;
+  }
   cudaError_t status = launch_clear(gemm.params.out, out_bytes, stream);
   if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
   const bool cleared = out_bytes > 0 || arrivals_bytes(gemm.choice) > 0;

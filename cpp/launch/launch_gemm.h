@@ -29,7 +29,8 @@ cudaError_t plan_gemm(GemmLaunch& gemm, const GemmProblem& problem);
 // Zeroes what a split K counts in; once before each launch_gemm, in stream order.
 cudaError_t clear_arrivals(const GemmLaunch& gemm, cudaStream_t stream);
 cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream);
-// The same after zeroing the first out_bytes of out, and arrivals; it starts beside the zeroing.
+// The same with arrivals zeroed and, where out_bytes says how large out is, all of out that it does
+// not compute: before it, in a launch that it starts beside, or by itself.
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream);
 cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream);
 cudaError_t launch_align(const AlignParams& params, cudaStream_t stream);

@@ -23,21 +23,14 @@ int rows_of_block(const GemmParams& p, const TileConfig& tile) {
   return p.topk_ids != nullptr ? 1 : std::min(p.moe_block_size, tile.tile_m);
 }
 
-}  // namespace
-
+// Blocks of a multiprocessor that x must leave room for, where blocks run in several waves: beyond
+// two, one fewer than the registers allow. That costs less in warps than a ring in instructions.
 int blocks_beside(const TileConfig& tile, int bits) {
   const int most = tile.blocks_per_sm(bits);
   return std::max(most - 1, std::min(most, 2));
 }
 
-bool may_reside(const GemmProblem& problem, const TileConfig& tile, int split_k,
-                const DeviceLimits& device) {
-  if (problem.moe_block_size == 0 || !device.has_wgmma || !tile.can_reside()) return false;
-  // Two column tiles have scales of 256 bytes a group, and groups of 128 are the most common.
-  const int64_t rows = std::min(problem.moe_block_size, tile.tile_m) + 1;
-  const int64_t bytes = rows * ceil_div(problem.k, split_k) * kElementBytes + kSharedReserve;
-  return blocks_beside(tile, problem.bits) * bytes <= kSharedOfSm;
-}
+}  // namespace
 
 Residence select_residence(const GemmParams& p, const TileChoice& choice, const TileConfig& tile,
                            int bits, int fixed_bytes, const DeviceLimits& device) {

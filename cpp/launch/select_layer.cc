@@ -71,15 +71,19 @@ LayerChoice select_layer(const LayerProblem& layer, const DeviceLimits& device) 
   GemmProblem down = {rows,  block,  layer.intermediate, layer.columns, layer.down_bits,
                       false, routes, layer.num_experts};
   gate_up.x_by_slot = choice.tables && layer.room_for_x && gate_up.n >= kColumnsForSlots;
+  choice.sums_routes = sums_routes(layer);
   choice.gate_up = select_tile(gate_up, device);
+  // Only in code of sm_90 does a kernel wait for the one before it, and so may start early: beside
+  // one that leaves room, which streaming blocks rarely do.
+  if (choice.sums_routes && !layer.down_gathers && device.has_wgmma) {
+    TileChoice roomy = select_mma_tile(gate_up, device);
+    choice.down_fits_beside = make_room(roomy, gate_up, layer, device);
+    if (choice.down_fits_beside) choice.gate_up = roomy;
+  }
   // Only the wgmma kernel writes by slot. Act-order gathers hidden rows by route.
   down.x_by_slot =
       choice.tables && layer.room_for_hidden && !layer.down_gathers && choice.gate_up.wgmma;
-  choice.sums_routes = sums_routes(layer);
   choice.down = choice.sums_routes ? choose_routes_tile(layer) : select_tile(down, device);
-  // Only in code of sm_90 does a kernel wait for the one before it, and so may start early.
-  const bool follows = choice.sums_routes && !layer.down_gathers && device.has_wgmma;
-  choice.down_fits_beside = follows && make_room(choice.gate_up, gate_up, layer, device);
   return choice;
 }
 

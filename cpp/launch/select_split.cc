@@ -1,11 +1,10 @@
-// Parts of K where blocks are too few, and where a part lets x stay in shared memory.
+// Parts of K where blocks are too few.
 
 #include "select_split.h"
 
 #include <algorithm>
 #include <bit>
 
-#include "residence.h"
 #include "tile_table.h"
 
 namespace jax_marlin {
@@ -34,17 +33,6 @@ int split_narrowest(const GemmProblem& problem, int64_t blocks, int sm_count) {
   return rows <= kFewRows && blocks <= 2 * sm_count && pays ? 2 : 1;
 }
 
-// With very few rows an expert, the fewest parts of a long K that let each keep its part of x.
-int split_to_reside(const GemmProblem& problem, const TileConfig& tile,
-                    const DeviceLimits& device) {
-  constexpr int kFewRows = 4, kMostParts = 4;
-  if (problem.moe_block_size > kFewRows) return 1;
-  for (int split_k = 1; split_k <= kMostParts; split_k *= 2) {
-    if (may_reside(problem, tile, split_k, device)) return split_k;
-  }
-  return 1;
-}
-
 }  // namespace
 
 int select_split(const GemmProblem& problem, const TileChoice& choice, const DeviceLimits& device) {
@@ -54,8 +42,7 @@ int select_split(const GemmProblem& problem, const TileChoice& choice, const Dev
   if (2 * blocks <= device.sm_count) return split_to_fill(problem, tile, blocks, device);
   if (problem.transposed) return 1;
   if (!device.has_wgmma) return 1;  // only in clusters is a part worth less than that
-  if (choice.tile == 0) return split_narrowest(problem, blocks, device.sm_count);
-  return split_to_reside(problem, tile, device);
+  return choice.tile == 0 ? split_narrowest(problem, blocks, device.sm_count) : 1;
 }
 
 }  // namespace jax_marlin

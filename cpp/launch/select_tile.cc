@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "residence.h"
 #include "select_split.h"
+#include "stream/select_tile.h"
 #include "tile_table.h"
 #include "wgmma/select_tile.h"
 
@@ -34,20 +34,9 @@ TileRange fitting_tiles(const GemmProblem& problem) {
   return range;
 }
 
-int64_t row_blocks(const GemmProblem& problem, const TileConfig& tile) {
-  if (problem.moe_block_size == 0) return ceil_div(problem.rows, tile.tile_m);
-  return ceil_div(problem.rows, problem.moe_block_size) *
-         ceil_div(problem.moe_block_size, tile.tile_m);
-}
-
-// Row blocks of up to 8 rows that a call will run: routes spread evenly over the experts leave some
-// without any. (1 - 1 / E)^R is the share of the E experts that R routes miss.
-double expected_row_blocks(const GemmProblem& problem) {
-  const double bound = static_cast<double>(row_blocks(problem, kTileTable[0]));
-  if (problem.routes == 0 || problem.num_experts == 0) return bound;
-  const double experts = problem.num_experts, routes = static_cast<double>(problem.routes);
-  const double touched = experts * -std::expm1(routes * std::log1p(-1. / std::max(experts, 2.)));
-  return std::min(bound, std::max(touched, routes / problem.moe_block_size));
+int64_t row_blocks(const GemmProblem& problem, int tile_m) {
+  if (problem.moe_block_size == 0) return ceil_div(problem.rows, tile_m);
+  return ceil_div(problem.rows, problem.moe_block_size) * ceil_div(problem.moe_block_size, tile_m);
 }
 
 // Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks, or one
@@ -56,7 +45,7 @@ int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
                        const DeviceLimits& device) {
   constexpr int kLongK = 8192, kBlocksPerSm = 4;
   const int sm_count = device.sm_count;
-  const double row_blocks = expected_row_blocks(problem);
+  const double row_blocks = expected_row_blocks(problem, kTileTable[range.first].tile_m);
   const auto blocks = [&](int tile) {
     return row_blocks * static_cast<double>(ceil_div(problem.n, kTileTable[tile].columns()));
   };
@@ -76,13 +65,13 @@ int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
     while (tile > range.first && blocks(tile) < 1.9 * sm_count) --tile;
     return tile;
   }
-  // Finer blocks of long K end closer together: in several waves, unless x can stay beside wide
-  // ones, and where all run at once but some multiprocessors have one more.
+  // Finer blocks of long K end closer together: in several waves, and where all run at once but
+  // some multiprocessors have one more.
   if (problem.k < kLongK / 2) return widest;
   if (blocks(widest) <= kBlocksPerSm * sm_count) {
     return most_columns(next) * 1.1 < most_columns(widest) ? next : widest;
   }
-  return may_reside(problem, kTileTable[widest], 1, device) ? widest : next;
+  return next;
 }
 
 int select_width(const GemmProblem& problem, const DeviceLimits& device) {
@@ -91,7 +80,8 @@ int select_width(const GemmProblem& problem, const DeviceLimits& device) {
   const int tile_m = kTileTable[range.first].tile_m;
   if (tile_m == 8) return select_narrow_rows(problem, range, device);
   const auto blocks_of = [&](int tile) {
-    return row_blocks(problem, kTileTable[tile]) * ceil_div(problem.n, kTileTable[tile].columns());
+    return row_blocks(problem, kTileTable[tile].tile_m) *
+           ceil_div(problem.n, kTileTable[tile].columns());
   };
   const int narrow = std::max(range.first, range.last - 1);
   // The narrowest of 16 rows where its blocks run at once: K is split least. In clusters more than
@@ -110,25 +100,40 @@ int select_width(const GemmProblem& problem, const DeviceLimits& device) {
 
 }  // namespace
 
+// Routes spread evenly over the experts leave some without any. (1 - 1 / E)^R is the share of the E
+// experts that R routes miss.
+double expected_row_blocks(const GemmProblem& problem, int tile_m) {
+  const double bound = static_cast<double>(row_blocks(problem, tile_m));
+  if (problem.routes == 0 || problem.num_experts == 0) return bound;
+  const double experts = problem.num_experts, routes = static_cast<double>(problem.routes);
+  const double touched = experts * -std::expm1(routes * std::log1p(-1. / std::max(experts, 2.)));
+  return std::min(bound, std::max(touched, routes / problem.moe_block_size));
+}
+
 TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device) {
   const TileConfig& config = tile_at(tile);
   TileChoice choice;
   choice.tile = tile;
   choice.sub_blocks =
       static_cast<int>(std::max<int64_t>(ceil_div(problem.moe_block_size, config.tile_m), 1));
-  choice.row_blocks = row_blocks(problem, config);
+  choice.row_blocks = row_blocks(problem, config.tile_m);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, config.columns()));
   choice.split_k = select_split(problem, choice, device);
   choice.in_cluster = choice.split_k > 1 && device.has_wgmma;
   return choice;
 }
 
+TileChoice select_mma_tile(const GemmProblem& problem, const DeviceLimits& device) {
+  return tile_choice(problem, select_width(problem, device), device);
+}
+
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   if (problem.transposed) return tile_choice(problem, fitting_tiles(problem).first, device);
+  if (prefers_stream(problem, device)) return select_stream_tile(problem, device);
   if (device.has_wgmma && prefers_wgmma(problem, device.sm_count)) {
     return select_wgmma_tile(problem, device.sm_count);
   }
-  return tile_choice(problem, select_width(problem, device), device);
+  return select_mma_tile(problem, device);
 }
 
 int64_t arrivals_bytes(const TileChoice& choice) {

@@ -27,7 +27,8 @@ struct DeviceLimits {
 
 struct TileChoice {
   bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable
-  int tile;  // as tile_at counts them
+  bool streams = false;  // the streaming kernel: `tile` is a row of kStreamTable
+  int tile;  // else as tile_at counts them
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
   int n_blocks;
@@ -38,6 +39,12 @@ struct TileChoice {
 };
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device);
+// Of those whose blocks end with their piece alone, as tile_at counts them.
+TileChoice select_mma_tile(const GemmProblem& problem, const DeviceLimits& device);
+
+// Row blocks of up to tile_m rows that a call will run, as far as static sizes tell.
+double expected_row_blocks(const GemmProblem& problem, int tile_m);
+
 // What tile_at(tile) makes of a problem, best or not.
 TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits& device);
 

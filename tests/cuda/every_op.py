@@ -31,12 +31,16 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
             jm.quantize(rng.normal(size=(1, *size)) / 10, group_size=-1, **options)
             for size in ((96, 4096), (2048, 72), (96, 16904))
         )
+        square = tuple(
+            jm.quantize(rng.normal(size=(1, 1280, n)) / 40, group_size=-1, **options)
+            for n in (2560, 1280)
+        )
         long = jm.quantize(rng.normal(size=(2048, 64)) / 10, group_size=128, **options)
     # Act-order of each expert's own: the gather kernel.
     perm = np.stack([rng.permutation(96).astype(np.int32) for _ in range(3)])
-    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, long, perm)
+    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, long, perm)
     on_gpu = jax.device_put(stacks, jax.devices()[0])
-    gate_up, down, wide, narrow, one, flat, tall, deep, broad, long, perm = on_gpu
+    gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, long, perm = on_gpu
     permuted = dataclasses.replace(gate_up, perm=perm)
 
     def routed(x, topk_weights, topk_ids, counts):
@@ -80,6 +84,17 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
     result = jax.jit(
         lambda x, *routing: jm.moe_matmul(x, broad, *routing, moe_block_size=16, top_k=1)
     )(x, *routing)
+    assert np.isfinite(np.asarray(result).astype(np.float32)).all()
+    # Blocks of 8 rows, enough of them for blocks that stay and stream all operands.
+    ids = jnp.zeros((1600, 1), jnp.int32)
+    x, routing = jnp.ones((1600, 2048), dtype), jm.moe_align_block_size(ids, 8, 1)
+    result = jax.jit(
+        lambda x, *routing: jm.moe_matmul(x, deep, *routing, moe_block_size=8, top_k=1)
+    )(x, *routing)
+    assert np.isfinite(np.asarray(result).astype(np.float32)).all()
+    # Both products of a layer, the second one's weights before its x is there.
+    x, ids = jnp.ones((1, 1280), dtype), jnp.zeros((1, 36), jnp.int32)
+    result = jax.jit(jm.moe_ffn)(x, ids, jnp.full(ids.shape, 0.5), *square)
     assert np.isfinite(np.asarray(result).astype(np.float32)).all()
     # Split K: few columns, long K. Its parts meet in a cluster, or in scratch where there is none.
     jax.block_until_ready(long(jnp.ones((5, 2048), dtype)))

@@ -12,12 +12,15 @@
 #include <vector>
 
 #include "../../cpp/launch/launch_gemm.h"
+#include "../../cpp/launch/stream/instances.h"
 #include "../../cpp/launch/tile_table.h"
 #include "../../cpp/launch/wgmma/launch.h"
 
 namespace jax_marlin {
 
-// Its kernels, which none of these problems takes, are left out of this build.
+// Kernels that none of these problems takes are left out of this build.
+GemmKernel stream_kernel_fp16(int, int, bool) { return {}; }
+GemmKernel stream_kernel_bf16(int, int, bool) { return {}; }
 bool has_wgmma() { return true; }
 cudaError_t launch_wgmma_gemm(const GemmLaunch&, int, cudaStream_t) {
   return cudaErrorNotSupported;

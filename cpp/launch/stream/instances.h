@@ -1,0 +1,12 @@
+// A compiled streaming kernel and its shared memory, one for each (element, bits, zero points,
+// tile).
+#pragma once
+
+#include "../instances.h"
+
+namespace jax_marlin {
+
+GemmKernel stream_kernel_fp16(int bits, int tile, bool stored_zero_points);
+GemmKernel stream_kernel_bf16(int bits, int tile, bool stored_zero_points);
+
+}  // namespace jax_marlin
