@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dequant.cuh"
+#include "group_of_half.cuh"
 #include "ptx.cuh"
 #include "scheduler.cuh"
 
@@ -38,10 +39,7 @@ class StagedScales {
                                           int end) const {
     const int vector = threadIdx.x % kVectors, half = threadIdx.x / kVectors % kHalves;
     k_tile += half / 2;
-    // floor(i * kHalf / group_size) for half tile i < 2^21: the quotient plus half a step is
-    // further from an integer than float32 rounds. The last half of K may begin a group too many.
-    const int quotient = static_cast<int>((2 * k_tile + half % 2 + 0.5f) * p_.groups_per_half);
-    const int group = min(quotient, p_.num_groups - 1);
+    const int group = group_of_half(p_, 2 * k_tile + half % 2);
     const bool valid = k_tile < end;
     const int64_t at = valid ? offset_ + group * kTile : 0;
     ptx::cp_async(&stages.scales[stage][warp_k][half][vector * kScaleVector],

@@ -5,7 +5,7 @@
 // row of x. Lane i asks for row i, and for what belongs to column tile i % 2.
 #pragma once
 
-#include "params.h"
+#include "group_of_half.cuh"
 #include "ptx_sm90.cuh"
 #include "stream_config.cuh"
 
@@ -141,19 +141,14 @@ class StreamProducer {
     return min(p_.k_tiles - k_tile, Config::kStageTiles);
   }
 
-  // floor(half * kHalf / group_size), as in staged_scales.cuh.
-  __device__ __forceinline__ int group_of(int half) const {
-    return min(static_cast<int>((half + 0.5f) * p_.groups_per_half), p_.num_groups - 1);
-  }
-
   // Weights, scales and zero points, and word of x, which follows.
   __device__ __forceinline__ void request_weights(const Piece& piece, const Sources& from,
                                                   int k_tile) {
     auto& stage = storage_.stages[at_.slot];
     uint64_t* full = &storage_.full[at_.slot];
     const int tile = lane_ % kStreamColumnTiles, set = lane_ / kStreamColumnTiles;
-    const int tiles = tiles_from(k_tile), first_group = group_of(2 * k_tile);
-    const int groups = group_of(2 * (k_tile + tiles) - 1) - first_group + 1;
+    const int tiles = tiles_from(k_tile), first_group = group_of_half(p_, 2 * k_tile);
+    const int groups = group_of_half(p_, 2 * (k_tile + tiles) - 1) - first_group + 1;
     const int of_weights = tiles * Config::kWordsPerTile * 4;
     const int of_scales = groups * kTile * static_cast<int>(sizeof(Element));
     describe(piece);

@@ -11,7 +11,8 @@
 #include "instances.h"
 #include "launch_gemm.h"
 #include "residence.h"
-#include "stream/launch.h"
+#include "stream/instances.h"
+#include "stream/tile_table.h"
 #include "tile_table.h"
 #include "wgmma/launch.h"
 
@@ -63,12 +64,15 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
 cudaError_t launch_stream(const GemmLaunch& gemm, int sm_count, Order order, cudaStream_t stream) {
   GemmParams params = gemm.params;
   params.n_blocks = gemm.choice.n_blocks;
-  const StreamKernel stays = stream_kernel(gemm);
+  const auto find = gemm.element == ElementType::kFloat16 ? stream_kernel_fp16 : stream_kernel_bf16;
+  const int tile = gemm.choice.tile;
+  const GemmKernel kernel = find(gemm.bits, tile, params.zero_points != nullptr);
   const int64_t pieces = gemm.choice.row_blocks * gemm.choice.n_blocks;
-  const int64_t blocks = std::min<int64_t>(pieces, int64_t{sm_count} * stays.blocks_per_sm);
+  const int64_t blocks =
+      std::min<int64_t>(pieces, int64_t{sm_count} * kStreamTable[tile].min_blocks);
   if (pieces + blocks > INT32_MAX) return cudaErrorInvalidConfiguration;  // indices run past them
-  return launch(stays.kernel.function, dim3(static_cast<unsigned>(blocks)), stays.kernel.threads,
-                stays.kernel.shared_bytes, order, stream, params);
+  return launch(kernel.function, dim3(static_cast<unsigned>(blocks)), kernel.threads,
+                kernel.shared_bytes, order, stream, params);
 }
 
 // Whether the GEMM itself can zero the rows that it does not compute.

@@ -27,10 +27,9 @@ int split_to_fill(const GemmProblem& problem, const TileConfig& tile, int64_t bl
 // multiprocessors would have twice the work of others, for the few rows whose K takes longest.
 int split_narrowest(const GemmProblem& problem, int64_t blocks, int sm_count) {
   constexpr int kLongK = 8192, kFewRows = 4;
-  const int64_t rows = problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
   const bool uneven = 10 * blocks > 11 * sm_count && 10 * blocks < 16 * sm_count;
   const bool pays = problem.k >= kLongK || (2 * problem.k >= kLongK && uneven);
-  return rows <= kFewRows && blocks <= 2 * sm_count && pays ? 2 : 1;
+  return tile_rows(problem) <= kFewRows && blocks <= 2 * sm_count && pays ? 2 : 1;
 }
 
 }  // namespace

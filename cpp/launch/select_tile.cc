@@ -19,7 +19,7 @@ struct TileRange {
 };
 
 TileRange fitting_tiles(const GemmProblem& problem) {
-  const int64_t rows = problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+  const int64_t rows = tile_rows(problem);
   const int begin = problem.transposed ? kFirstTransposed : 0;
   const int end = problem.transposed ? kNumInstances : kNumTiles;
   TileRange range = {begin, begin};

@@ -19,6 +19,11 @@ struct GemmProblem {
   bool transposed = false;  // x W^T: k is the weight's N, and n its K
 };
 
+// Rows that one tile should take: a routing block's, or all.
+inline int64_t tile_rows(const GemmProblem& problem) {
+  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
+}
+
 // What of a GPU the choice depends on.
 struct DeviceLimits {
   int sm_count;

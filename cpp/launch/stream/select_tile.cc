@@ -9,10 +9,6 @@
 namespace jax_marlin {
 namespace {
 
-int64_t tile_rows(const GemmProblem& problem) {
-  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
-}
-
 // Pieces of work that a call will have, as far as static sizes tell.
 double expected_pieces(const GemmProblem& problem) {
   return expected_row_blocks(problem, kStreamRows) *

@@ -17,10 +17,6 @@ constexpr int kMinRoutedRows = 9;  // where blocks of 16 slots fill the GPU
 constexpr WgmmaTile kFewestRows = kWgmmaTable[3].tile;
 static_assert(kFewestRows.tile_m == 16, "takes blocks of 9 to 16 slots");
 
-int64_t tile_rows(const GemmProblem& problem) {
-  return problem.moe_block_size > 0 ? problem.moe_block_size : problem.rows;
-}
-
 TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
   const WgmmaTile& t = kWgmmaTable[tile].tile;
   const bool routed = problem.moe_block_size > 0;
