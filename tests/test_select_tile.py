@@ -22,7 +22,8 @@ def problems():
 
 
 def kernel_of(choice):
-    return "wgmma" if choice["wgmma"] else "stream" if choice["streams"] else "mma"
+    names = {"wgmma": "wgmma", "stream": "streams", "skinny": "skinny"}
+    return next((kernel for kernel, key in names.items() if choice[key]), "mma")
 
 
 @pytest.mark.parametrize("has_wgmma", [False, True], ids=["sm_80", "sm_90"])
@@ -30,6 +31,7 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
     tables = {
         "mma": _jax_marlin.tile_table(),
         "stream": _jax_marlin.stream_table(),
+        "skinny": _jax_marlin.skinny_table(),
         "wgmma": _jax_marlin.wgmma_table(),
     }
     kernels, splits = set(), set()
@@ -48,14 +50,15 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
             assert choice["row_blocks"] == -(-rows // tile["tile_m"])
         assert 1 <= choice["split_k"] <= 8
         # Every part of K must hold at least one packed tile for each warp of K.
-        warps_k = tile["warps_k"] if kernel == "mma" else tile["stage_tiles"]
-        assert choice["split_k"] == 1 or -(-k // 64) >= choice["split_k"] * warps_k
+        if choice["split_k"] > 1:
+            warps_k = tile["warps_k"] if kernel == "mma" else tile["stage_tiles"]
+            assert -(-k // 64) >= choice["split_k"] * warps_k
         assert choice["in_cluster"] == (has_wgmma and choice["split_k"] > 1)
         assert choice["scratch_bytes"] <= _jax_marlin.scratch_bytes(*problem), (problem, choice)
         assert not has_wgmma or choice["scratch_bytes"] == 0  # parts of K meet in clusters
         kernels.add(kernel)
         splits.add(choice["split_k"])
-    assert kernels == ({"mma", "stream", "wgmma"} if has_wgmma else {"mma"})
+    assert kernels == ({"mma", "skinny", "stream", "wgmma"} if has_wgmma else {"mma"})
     assert splits == ({1, 2, 4, 8} if has_wgmma else set(range(1, 9)))
 
 
@@ -119,12 +122,13 @@ def clustered(rows, k, n):
 
 
 def test_clusters_fetch_x_for_few_blocks():
-    assert clustered(1, 8192, 8192) == clustered(8, 8192, 8192) == (64, 2)
+    # K that ends inside a packed tile: up to 8 rows of whole ones are the skinny kernel's.
+    assert clustered(1, 8224, 8192) == clustered(8, 8224, 8192) == (64, 2)
     assert clustered(16, 8192, 8192) == (64, 2)
     assert clustered(16, 4096, 6144) == (48, 2) and clustered(16, 4096, 1024) == (8, 8)
-    assert clustered(16, 4096, 4096) == (128, 1)  # one part of the narrowest fills the GPU
+    assert clustered(16, 4128, 4096) == (128, 1)  # one part of the narrowest fills the GPU
     # The narrowest of all, some multiprocessors with twice the work of others.
-    assert clustered(1, 4096, 6144) == (192, 2) and clustered(8, 4096, 6144) == (192, 1)
+    assert clustered(1, 4128, 6144) == (192, 2) and clustered(8, 4128, 6144) == (192, 1)
 
 
 def test_large_problems_do_not_split_k():

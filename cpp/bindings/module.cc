@@ -12,6 +12,8 @@
 #include "../launch/residence.h"
 #include "../launch/select_layer.h"
 #include "../launch/select_tile.h"
+#include "../launch/skinny/cut.h"
+#include "../launch/skinny/tile_table.h"
 #include "../launch/stream/tile_table.h"
 #include "../launch/tile_table.h"
 #include "../launch/wgmma/tile_table.h"
@@ -65,6 +67,7 @@ nb::dict describe(const TileChoice& choice) {
   nb::dict result;
   result["wgmma"] = choice.wgmma;
   result["streams"] = choice.streams;
+  result["skinny"] = choice.skinny;
   result["tile"] = choice.tile;
   result["sub_blocks"] = choice.sub_blocks;
   result["row_blocks"] = choice.row_blocks;
@@ -147,6 +150,33 @@ nb::list stream_table() {
   return rows;
 }
 
+nb::list skinny_table() {
+  nb::list rows;
+  for (const SkinnyTile& row : kSkinnyTable) {
+    nb::dict tile;
+    tile["tile_m"] = row.rows;
+    tile["columns"] = kSkinnyColumns;
+    tile["warps"] = row.warps;
+    rows.append(tile);
+  }
+  return rows;
+}
+
+nb::dict describe_skinny(int tile, int rows, int k_tiles, int n, int sm_count) {
+  const SkinnyTile& row = kSkinnyTable[tile];
+  const SkinnyPlan plan = cut_skinny(row, rows, k_tiles, n, sm_count);
+  nb::dict result;
+  result["blocks"] = plan.blocks;
+  result["teams"] = plan.blocks * (row.warps >> plan.cut.k_shift);
+  result["warps_k"] = 1 << plan.cut.k_shift;
+  result["slices"] = plan.cut.slices;
+  result["slice_tiles"] = plan.cut.slice_tiles;
+  result["pieces"] = plan.cut.pieces;
+  result["more"] = plan.cut.more;
+  result["shared_bytes"] = plan.shared_bytes;
+  return result;
+}
+
 nb::list wgmma_table() {
   nb::list rows;
   for (const WgmmaTileRow& row : kWgmmaTable) {
@@ -186,6 +216,9 @@ NB_MODULE(_jax_marlin, m) {
       "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
   m.def("transposed_table", &transposed_table, "The tiles of x W^T.");
   m.def("stream_table", &stream_table, "The rows for few tokens and many weights, on sm_90.");
+  m.def("skinny_table", &skinny_table, "The rows for a handful of tokens of one weight, on sm_90.");
+  m.def("cut_skinny", &describe_skinny, nb::arg("tile"), nb::arg("rows"), nb::arg("k_tiles"),
+        nb::arg("n"), nb::arg("sm_count"), "How the skinny kernel cuts a product.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");
   m.def(
       "scratch_bytes",

@@ -35,7 +35,8 @@ ffi::Error matmul(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer qweight,
   if (out->element_count() == 0) return ffi::Error::Success();
 
   params.first_tile = static_cast<int>(first_tile);
-  params.expert = static_cast<const int*>(expert.untyped_data());
+  // Of a single expert the kernel need not ask: its first loads wait for the answer.
+  if (params.num_experts > 1) params.expert = static_cast<const int*>(expert.untyped_data());
   params.bias = optional_data<const void>(bias);
   params.bias_stride = own_bias ? 0 : bias.dimensions()[1];
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "skinny_tile.h"
+
 namespace jax_marlin {
 
 // What an epilogue makes of the gate and up halves of one row (activation.cuh).
@@ -69,6 +71,7 @@ struct GemmParams {
   bool zeroes_rows;  // routed by tables: rows of out that no slot names, too (unnamed_rows.cuh)
   bool next_fits_beside;  // the kernel after this one has room while this one runs: it starts early
   bool weights_before_bias;  // acc * weight + bias, instead of (acc + bias) * weight
+  SkinnyCut skinny;  // the skinny kernel alone
   TensorMap x_boxes;  // wgmma, where rows of x are neighbours: dense, or by slot
 };
 

@@ -21,6 +21,29 @@ __device__ __forceinline__ uint4 load_stream(const uint32_t* pointer) {
   return v;
 }
 
+// The same where `valid`, without a branch, and no sooner or later than it is asked for: a load by
+// way of .nc is free to move behind a wait, and does.
+__device__ __forceinline__ void load_stream_if(bool valid, const uint32_t* pointer, uint4& v) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(pointer), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
+// ld.global where `valid`: 4 bytes.
+__device__ __forceinline__ void load_if(bool valid, const void* pointer, uint32_t& v) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p ld.global.u32 %0, [%1];}"
+      : "+r"(v)
+      : "l"(pointer), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
 // cp.async.cg: 16 bytes to shared memory past L1 and registers; bytes after `valid_bytes` are zero.
 __device__ __forceinline__ void cp_async(void* shared, const void* global, int valid_bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

@@ -11,6 +11,9 @@
 #include "instances.h"
 #include "launch_gemm.h"
 #include "residence.h"
+#include "skinny/cut.h"
+#include "skinny/instances.h"
+#include "skinny/tile_table.h"
 #include "stream/instances.h"
 #include "stream/tile_table.h"
 #include "tile_table.h"
@@ -75,6 +78,20 @@ cudaError_t launch_stream(const GemmLaunch& gemm, int sm_count, Order order, cud
                 kernel.shared_bytes, order, stream, params);
 }
 
+cudaError_t launch_skinny(const GemmLaunch& gemm, int sm_count, Order order, cudaStream_t stream) {
+  GemmParams params = gemm.params;
+  const int tile = gemm.choice.tile;
+  const SkinnyPlan plan = cut_skinny(kSkinnyTable[tile], static_cast<int>(params.out_rows),
+                                     params.k_tiles, params.n, sm_count);
+  params.skinny = plan.cut;
+  const uint32_t halves = params.group_size / kHalf;
+  params.skinny.groups_per_half = params.num_groups == 1 ? 0 : ((1u << 20) + halves - 1) / halves;
+  const auto find = gemm.element == ElementType::kFloat16 ? skinny_kernel_fp16 : skinny_kernel_bf16;
+  const GemmKernel kernel = find(gemm.bits, tile, params.zero_points != nullptr);
+  return launch(kernel.function, dim3(plan.blocks), kernel.threads, plan.shared_bytes, order,
+                stream, params, 1, kSharedOfBlock);
+}
+
 // Whether the GEMM itself can zero the rows that it does not compute.
 bool can_zero_rows(const GemmLaunch& gemm) {
   const GemmParams& p = gemm.params;
@@ -118,6 +135,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   const cudaError_t found = current_device(&device);
   if (found != cudaSuccess) return found;
   if (choice.wgmma) return launch_wgmma_gemm(gemm, device.sm_count, stream);
+  if (choice.skinny) return launch_skinny(gemm, device.sm_count, order, stream);
   if (choice.streams) return launch_stream(gemm, device.sm_count, order, stream);
   GemmParams params = gemm.params;
   params.split_k = choice.split_k;
@@ -161,9 +179,9 @@ cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t
   if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
   const bool cleared = out_bytes > 0 || arrivals_bytes(gemm.choice) > 0;
   gemm.params.zeros_are_pending = cleared;
-  return status != cudaSuccess
-             ? status
-             : launch_gemm(gemm, cleared ? Order::kOverlap : Order::kAfter, stream);
+  // The skinny kernel waits for whatever comes before it, and is short: much of it is its launch.
+  const Order order = cleared || gemm.choice.skinny ? Order::kOverlap : Order::kAfter;
+  return status != cudaSuccess ? status : launch_gemm(gemm, order, stream);
 }
 
 cudaError_t launch_gather(const GatherParams& params, Order order, cudaStream_t stream) {

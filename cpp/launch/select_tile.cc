@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "select_split.h"
+#include "skinny/cut.h"
 #include "stream/select_tile.h"
 #include "tile_table.h"
 #include "wgmma/select_tile.h"
@@ -129,6 +130,7 @@ TileChoice select_mma_tile(const GemmProblem& problem, const DeviceLimits& devic
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {
   if (problem.transposed) return tile_choice(problem, fitting_tiles(problem).first, device);
+  if (prefers_skinny(problem, device)) return select_skinny(problem);
   if (prefers_stream(problem, device)) return select_stream_tile(problem, device);
   if (device.has_wgmma && prefers_wgmma(problem, device.sm_count)) {
     return select_wgmma_tile(problem, device.sm_count);

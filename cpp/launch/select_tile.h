@@ -33,6 +33,7 @@ struct DeviceLimits {
 struct TileChoice {
   bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable
   bool streams = false;  // the streaming kernel: `tile` is a row of kStreamTable
+  bool skinny = false;  // the skinny kernel: `tile` is a row of kSkinnyTable
   int tile;  // else as tile_at counts them
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once

@@ -1,0 +1,39 @@
+// How a thread block of the skinny kernel cuts its work. Plain C++, shared by host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "tile_config.h"
+
+namespace jax_marlin {
+
+constexpr int kSkinnyColumns = 2 * kFragment;  // of a piece
+constexpr int kSkinnyMaxTiles = 1 << 9;  // of K: below, SkinnyCut::groups_per_half is exact
+
+// 4 floats of padding spread the accumulators' (token 2c, column g) over all 32 banks.
+constexpr int kSkinnySumPitch = kSkinnyColumns + 4;
+
+// A multiprocessor has one block: warps times what each has on its way is what memory needs to stay
+// busy, and the registers that a warp needs grow with the rows.
+struct SkinnyTile {
+  int rows;   // of x, at most
+  int warps;  // of a block
+  int depth;  // packed K tiles of a warp on their way
+
+  constexpr int threads() const { return 32 * warps; }
+};
+
+// A piece is all rows by kSkinnyColumns columns over all of K, of which each warp of a team takes a
+// slice.
+struct SkinnyCut {
+  int k_shift;  // 2^k_shift warps are a team
+  int slices;  // of K that are not empty
+  int slice_tiles;  // packed K tiles of a slice, at most
+  int pieces;  // of a team, at least
+  int more;  // teams, the first, that have one more
+  int x_pitch;  // of a row of a slice of x in shared memory, in elements
+  int x_bytes;  // of all such rows
+  uint32_t groups_per_half;  // kHalf / group_size in units of 2^-20, rounded up; 0: a single group
+};
+
+}  // namespace jax_marlin

@@ -1,0 +1,20 @@
+// Whether a problem is for the skinny kernel, and how its blocks cut it: pure functions of sizes.
+#pragma once
+
+#include "../../kernel/params.h"
+#include "../select_tile.h"
+
+namespace jax_marlin {
+
+struct SkinnyPlan {
+  SkinnyCut cut;
+  int blocks;
+  int shared_bytes;  // of a block
+};
+
+SkinnyPlan cut_skinny(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count);
+
+bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device);
+TileChoice select_skinny(const GemmProblem& problem);
+
+}  // namespace jax_marlin
