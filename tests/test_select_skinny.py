@@ -16,7 +16,7 @@ SHAPES = (
 )  # fmt: skip
 
 
-def choose(rows, k, n, sm_count=132, has_wgmma=True, block=0, **rest):
+def choose(rows, k, n, sm_count=132, *, has_wgmma=True, block=0, **rest):
     return _jax_marlin.select_tile(rows, block, k, n, 4, sm_count, has_wgmma, **rest)
 
 
@@ -62,15 +62,15 @@ def test_products_that_a_gpu_reads_in_microseconds():
 
 
 def test_what_is_left_to_others():
-    shape = {"k": 4096, "n": 4096}
-    assert choose(8, **shape)["skinny"]
-    assert choose(16, **shape)["skinny"]
-    assert not choose(17, **shape)["skinny"]
+    shape = (4096, 4096)
+    assert choose(8, *shape)["skinny"]
+    assert choose(16, *shape)["skinny"]
+    assert not choose(17, *shape)["skinny"]
     assert not choose(16, 4096, 5120)["skinny"]  # some blocks would have twice the pieces of others
-    assert not choose(0, **shape)["skinny"]
-    assert not choose(8, **shape, has_wgmma=False)["skinny"]  # built for sm_90 alone
-    assert not choose(8, **shape, block=8)["skinny"]
-    assert not choose(8, **shape, transposed=True)["skinny"]
+    assert not choose(0, *shape)["skinny"]
+    assert not choose(8, *shape, has_wgmma=False)["skinny"]  # built for sm_90 alone
+    assert not choose(8, *shape, block=8)["skinny"]
+    assert not choose(8, *shape, transposed=True)["skinny"]
     assert not choose(1, 4096, 1024)["skinny"]  # K is better cut between blocks
     assert not choose(1, 4104, 4096)["skinny"]
     assert choose(8, 8192, 28672)["streams"]
