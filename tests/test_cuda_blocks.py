@@ -47,7 +47,7 @@ def test_blocks_take_a_tile_of_their_size(block):
     slots, _ = aligned_sizes((sum(ROWS[block]), 1), block, len(ROWS[block]))
     for n, gated in ((columns(block), False), (4096, True)):
         choice = extension.select_tile(slots, block, 200, n, 4, 132, True, gated)
-        assert choice["wgmma"]
+        assert choice["kernel"] == "wgmma"
         assert extension.wgmma_table()[choice["tile"]]["tile_m"] in TILES[block]
 
 
@@ -135,9 +135,9 @@ def test_layers_of_few_rows_take_their_tiles(block, m, n):
         m, **FEW, hidden=1344, columns=n, bits=4, slots=slots, moe_block_size=block,
         sm_count=132, has_wgmma=True,
     )  # fmt: skip
-    assert choice["gate_up"]["wgmma"]
+    assert choice["gate_up"]["kernel"] == "wgmma"
     assert extension.wgmma_table()[choice["gate_up"]["tile"]]["tile_m"] == block
-    assert choice["down"]["wgmma"] == (block == 32 or n > 2048)
+    assert (choice["down"]["kernel"] == "wgmma") == (block == 32 or n > 2048)
 
 
 @pytest.mark.cuda

@@ -97,7 +97,7 @@ def choose(m, k, n, bits, experts=0, top_k=1, block=0):
 def test_products_take_the_tile_in_a_cluster(case, kind):
     bits, group_size = FORMATS[kind].get("bits", 4), FORMATS[kind]["group_size"]
     choice, rows = choose(case.m, case.k, case.n, bits, case.experts, case.top_k, case.block)
-    assert choice["in_cluster"] and not choice["wgmma"]
+    assert choice["in_cluster"] and choice["kernel"] == "mma"
     assert (choice["tile"], choice["split_k"]) == (case.tile, case.parts)
     assert choice["scratch_bytes"] == 0
     tiles = -(-case.k // 64)
@@ -185,7 +185,7 @@ def test_layers_have_down_in_a_cluster(name, kind):
     )  # fmt: skip
     assert choice["tables"] == (block is not None) and not choice["sums_routes"]
     assert block in (None, moe_block_size)
-    assert choice["down"]["in_cluster"] and not choice["down"]["wgmma"]
+    assert choice["down"]["in_cluster"] and choice["down"]["kernel"] == "mma"
     assert choice["down"]["split_k"] == parts
 
 

@@ -77,7 +77,7 @@ def test_products_take_the_tile_and_stay(tile, weights):
     choice = extension.select_tile(
         *sizes, bits(weights), routes=m * top_k, num_experts=num_experts, **H100
     )
-    assert not choice["wgmma"] and not choice["streams"] and choice["tile"] == tile
+    assert choice["kernel"] == "mma" and choice["tile"] == tile
     stays = extension.select_residence(
         tile, *sizes, group_size=group_size(weights), bits=bits(weights)
     )
@@ -95,7 +95,7 @@ def test_layers_take_the_tile_and_stay(name, weights):
         columns=136, bits=bits(weights), slots=slots, moe_block_size=block, **H100,
     )  # fmt: skip
     assert choice["tables"] == ("without" not in name)
-    assert not choice["gate_up"]["streams"] and choice["gate_up"]["tile"] == int(name[0])
+    assert choice["gate_up"]["kernel"] == "mma" and choice["gate_up"]["tile"] == int(name[0])
     rows, block = (slots, block) if choice["tables"] else (m * top_k, 1)
     stays = extension.select_residence(
         int(name[0]), rows, block, weights["k"], 2 * intermediate,
@@ -156,7 +156,7 @@ def test_staggered_products_take_the_tile(tile):
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
     m, k, n = STAGGERED[tile]
     choice = extension.select_tile(m, 0, k, n, 4, 132, True)
-    assert choice["wgmma"] and choice["tile"] == tile
+    assert choice["kernel"] == "wgmma" and choice["tile"] == tile
 
 
 @pytest.mark.cuda

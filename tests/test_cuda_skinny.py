@@ -33,10 +33,18 @@ FORMATS = {
     "8bit_group_64": {"k": 2176, "group_size": 64, "dtype": "bfloat16", "bits": 8, "zeros": "v2"},
     "8bit_group_32": {"k": 1088, "group_size": 32, "dtype": "bfloat16", "bits": 8},
     "8bit_channelwise": {"k": 192, "group_size": -1, "dtype": "float16", "bits": 8},
+    "8bit_zeros": {"k": 5184, "group_size": 96, "dtype": "float16", "bits": 8, "zeros": "v1"},
+    # Several pieces a team, some with one more than others; slices of a turn of the ring, of less,
+    # of turns and a part of one.
+    "pieces_of_a_turn": {"k": 2048, "group_size": 128, "dtype": "bfloat16", "zeros": "v1"},
+    "pieces_of_less": {"k": 64, "group_size": 32, "dtype": "float16"},
+    "pieces_of_turns_and_a_part": {"k": 2112, "group_size": 32, "dtype": "bfloat16"},
 }
 # Columns that end inside a packed tile and inside a piece, an odd number of them, whole pieces.
 FIRST = 64  # column of a slice
-COLUMNS = {"one_tile": 4136, "channelwise": 4201, "all_warps": 4096}
+COLUMNS = {"one_tile": 4136, "channelwise": 4201, "all_warps": 4096,
+           "pieces_of_a_turn": 8312, "pieces_of_less": 67912,
+           "pieces_of_turns_and_a_part": 8312}  # fmt: skip
 
 
 def columns(kind: str) -> int:
@@ -48,7 +56,10 @@ def test_products_are_skinny(kind):
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
     form = FORMATS[kind]
     for m, n in itertools.product((1, 8, 9, 16), (columns(kind), columns(kind) - FIRST)):
-        assert extension.select_tile(m, 0, form["k"], n, form.get("bits", 4), **H100)["skinny"]
+        choice = extension.select_tile(m, 0, form["k"], n, form.get("bits", 4), **H100)
+        assert choice["kernel"] == "skinny"
+        cut = extension.cut_skinny(choice["tile"], m, form["k"] // 64, n, sm_count=132)
+        assert (cut["pieces"] > 0 and cut["more"] > 0) == kind.startswith("pieces")
 
 
 @functools.cache
@@ -81,8 +92,9 @@ def test_dense(kind, rows):
 
     wide, whole, part = poisoned(run)(jnp.asarray(x), jnp.int32(1))
     exact = oracle.matmul(x.astype(float), weight, bias)
+    exactly = oracle.matmul_budget(x.astype(float), weight, "float32", bias)
+    oracle.assert_within(wide, exact, exactly, "float32")  # which no lost packed tile of K meets
     budget = oracle.matmul_budget(x.astype(float), weight, dtype, bias)
-    oracle.assert_within(wide, exact, budget, "float32")
     oracle.assert_within(whole, exact, budget, "whole")
     oracle.assert_within(part, exact[:, FIRST:], budget[:, FIRST:], "slice")
     again = jax.jit(run)(jnp.asarray(x), jnp.int32(1))[1]

@@ -64,7 +64,7 @@ def choose(extension, kind, block):
 def test_products_stream(block):
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
     choices = [choose(extension, kind, block) for kind in FORMATS]
-    assert all(choice["streams"] for choice in choices)
+    assert all(choice["kernel"] == "stream" for choice in choices)
     tiles = {choice["tile"] for choice in choices}
     assert tiles == set(range(len(extension.stream_table())))
 
@@ -118,7 +118,7 @@ def test_rows_that_no_block_names_are_zero(kind, out):
     routing = Routing(*map(jnp.asarray, tables))
     extension = pytest.importorskip("_jax_marlin")
     choice = extension.select_tile(len(tables[0]), 8, k, n, 4, routes=2 * m, num_experts=3, **H100)
-    assert choice["streams"]
+    assert choice["kernel"] == "stream"
 
     def run(x, stack, routing):
         return routed_matmul(
@@ -154,7 +154,7 @@ def test_layers_stream():
             columns=WIDTH, bits=form.get("bits", 4), slots=ROUTES, moe_block_size=1, **H100,
         )  # fmt: skip
         assert not choice["tables"] and not choice["sums_routes"]
-        assert choice["gate_up"]["streams"] and choice["down"]["streams"]
+        assert choice["gate_up"]["kernel"] == choice["down"]["kernel"] == "stream"
 
 
 @pytest.mark.cuda
@@ -190,7 +190,8 @@ def test_layers_with_tables_stream():
         2, top_k=4, num_experts=4, hidden=TABLES["k"], intermediate=TABLES["intermediate"],
         columns=TABLES["n"], bits=4, slots=slots, moe_block_size=8, **H100,
     )  # fmt: skip
-    assert choice["tables"] and choice["gate_up"]["streams"] and choice["down"]["streams"]
+    assert choice["tables"]
+    assert choice["gate_up"]["kernel"] == choice["down"]["kernel"] == "stream"
 
 
 @pytest.mark.cuda
@@ -220,8 +221,10 @@ DENSE_K, DENSE_N, REPEATS, FIRST = 3968, 1728, 18, 64
 def test_wide_dense_weights_stream():
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
     for n in (DENSE_N * REPEATS, DENSE_N * REPEATS - FIRST):
-        assert all(extension.select_tile(m, 0, DENSE_K, n, 4, **H100)["streams"] for m in (1, 8))
-        assert not extension.select_tile(9, 0, DENSE_K, n, 4, **H100)["streams"]
+        one, eight, nine = (
+            extension.select_tile(m, 0, DENSE_K, n, 4, **H100)["kernel"] for m in (1, 8, 9)
+        )
+        assert one == eight == "stream" != nine
 
 
 @functools.cache

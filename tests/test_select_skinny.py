@@ -51,28 +51,33 @@ def test_products_that_a_gpu_reads_in_microseconds():
         fits = k % 64 == 0 and cut["shared_bytes"] <= SHARED_OF_BLOCK
         few = 0.45 <= pieces and pieces * (k // 64) <= 440
         even = tile == 0 or math.ceil(pieces) <= 1.1 * pieces
-        assert choice["skinny"] == (rows <= 16 and few and even and fits)
-        if choice["skinny"]:
+        assert (choice["kernel"] == "skinny") == (rows <= 16 and few and even and fits)
+        if choice["kernel"] == "skinny":
             taken.add(choice["tile"])
             assert choice["tile"] == tile
-            assert not choice["wgmma"] and not choice["streams"]
             assert (choice["row_blocks"], choice["split_k"], choice["scratch_bytes"]) == (1, 1, 0)
             assert choice["n_blocks"] == -(-n // 32)
     assert taken == {0, 1}
 
 
 def test_what_is_left_to_others():
+    def kernel(*sizes, **rest):
+        return choose(*sizes, **rest)["kernel"]
+
     shape = (4096, 4096)
-    assert choose(8, *shape)["skinny"]
-    assert choose(16, *shape)["skinny"]
-    assert not choose(17, *shape)["skinny"]
-    assert not choose(16, 4096, 5120)["skinny"]  # some blocks would have twice the pieces of others
-    assert not choose(0, *shape)["skinny"]
-    assert not choose(8, *shape, has_wgmma=False)["skinny"]  # built for sm_90 alone
-    assert not choose(8, *shape, block=8)["skinny"]
-    assert not choose(8, *shape, transposed=True)["skinny"]
-    assert not choose(1, 4096, 1024)["skinny"]  # K is better cut between blocks
-    assert not choose(1, 4104, 4096)["skinny"]
-    assert choose(8, 8192, 28672)["streams"]
-    assert choose(7, 14336, 4096)["skinny"]
-    assert not choose(8, 14336, 4096)["skinny"]  # x would not fit
+    assert kernel(8, *shape) == "skinny"
+    assert kernel(16, *shape) == "skinny"
+    assert kernel(17, *shape) != "skinny"
+    assert kernel(16, 4096, 5120) != "skinny"  # some blocks would have twice the pieces of others
+    assert kernel(0, *shape) != "skinny"
+    assert kernel(8, *shape, has_wgmma=False) != "skinny"  # built for sm_90 alone
+    assert kernel(8, *shape, block=8) != "skinny"
+    assert kernel(8, *shape, transposed=True) != "skinny"
+    assert kernel(1, 4096, 1024) != "skinny"  # K is better cut between blocks
+    assert kernel(1, 4104, 4096) != "skinny"
+    assert kernel(8, 8192, 28672) == "stream"
+    assert kernel(7, 14336, 4096) == "skinny"
+    assert kernel(8, 14336, 4096) != "skinny"  # x would not fit
+    assert kernel(1, 32768, 2048) != "skinny"  # the index of a group is exact below
+    assert kernel(1, 32704, 2048) == "skinny"
+    assert kernel(1, 0, 4096) != "skinny"

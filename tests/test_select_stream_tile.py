@@ -28,10 +28,9 @@ def choices():
 def test_choice_covers_the_problem_with_whole_k_and_no_scratch():
     table, streamed = _jax_marlin.stream_table(), set()
     for (rows, block, _, n, _, _), choice in choices():
-        if not choice["streams"]:
+        if choice["kernel"] != "stream":
             continue
         tile = table[choice["tile"]]
-        assert not choice["wgmma"]
         assert (choice["split_k"], choice["sub_blocks"], choice["scratch_bytes"]) == (1, 1, 0)
         assert tile["tile_m"] >= (block or rows)
         assert choice["row_blocks"] == (-(-rows // block) if block else 1)
@@ -45,13 +44,14 @@ def test_weights_enough_for_every_multiprocessor():
         pieces = (-(-rows // block) if block else 1) * -(-n // 128) / sm_count
         least = 43 if k // 64 >= 20 else 70
         enough = pieces >= 0.7 and pieces * (k // 64) >= least
-        assert choice["streams"] == (enough and k % 64 == 0 and not choice["skinny"])
+        streams = enough and k % 64 == 0 and choice["kernel"] != "skinny"
+        assert (choice["kernel"] == "stream") == streams
 
 
 def test_routes_that_miss_experts_have_no_pieces():
     few = choose(1024, 8, 768, 2048, routes=32, num_experts=128)  # 28 experts of 128
     many = choose(1024, 8, 768, 2048, routes=128, num_experts=128)
-    assert not few["streams"] and many["streams"]
+    assert few["kernel"] != "stream" and many["kernel"] == "stream"
 
 
 def test_blocks_that_end_together():
@@ -62,22 +62,25 @@ def test_blocks_that_end_together():
 
 
 def test_what_is_left_to_others():
+    def kernel(*sizes, **rest):
+        return _jax_marlin.select_tile(*sizes, **rest)["kernel"]
+
     large = {"k": 8192, "n": 28672, "bits": 4, "sm_count": 132}
-    assert _jax_marlin.select_tile(8, 0, **large, has_wgmma=True)["streams"]
-    assert not _jax_marlin.select_tile(8, 0, **large)["streams"]  # no bulk copies
-    assert not _jax_marlin.select_tile(9, 0, **large, has_wgmma=True)["streams"]
-    assert not _jax_marlin.select_tile(90, 9, **large, has_wgmma=True)["streams"]
-    assert not _jax_marlin.select_tile(8, 0, **large, has_wgmma=True, transposed=True)["streams"]
+    assert kernel(8, 0, **large, has_wgmma=True) == "stream"
+    assert kernel(8, 0, **large) != "stream"  # no bulk copies
+    assert kernel(9, 0, **large, has_wgmma=True) != "stream"
+    assert kernel(90, 9, **large, has_wgmma=True) != "stream"
+    assert kernel(8, 0, **large, has_wgmma=True, transposed=True) != "stream"
     off = large | {"n": 28672 + 64}  # gate ends inside a column tile
-    assert not _jax_marlin.select_tile(8, 8, **off, has_wgmma=True, gated=True)["streams"]
-    assert _jax_marlin.select_tile(8, 8, **off, has_wgmma=True)["streams"]
+    assert kernel(8, 8, **off, has_wgmma=True, gated=True) != "stream"
+    assert kernel(8, 8, **off, has_wgmma=True) == "stream"
 
 
 def test_gate_up_leaves_room_for_a_down_that_starts_beside_it():
     """Two tokens of Qwen3: alone gate_up would stream, and fill every multiprocessor."""
-    assert choose(16, 1, 2048, 1536, gated=True)["streams"]
+    assert choose(16, 1, 2048, 1536, gated=True)["kernel"] == "stream"
     layer = _jax_marlin.select_layer(
         2, top_k=8, num_experts=128, hidden=2048, intermediate=768, columns=2048, bits=4,
         sm_count=132, has_wgmma=True,
     )  # fmt: skip
-    assert layer["down_fits_beside"] and not layer["gate_up"]["streams"]
+    assert layer["down_fits_beside"] and layer["gate_up"]["kernel"] == "mma"

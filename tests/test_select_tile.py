@@ -21,11 +21,6 @@ def problems():
             yield rows, block, k, n, bits
 
 
-def kernel_of(choice):
-    names = {"wgmma": "wgmma", "stream": "streams", "skinny": "skinny"}
-    return next((kernel for kernel, key in names.items() if choice[key]), "mma")
-
-
 @pytest.mark.parametrize("has_wgmma", [False, True], ids=["sm_80", "sm_90"])
 def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
     tables = {
@@ -38,7 +33,7 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
     for problem, sm_count in itertools.product(problems(), SM_COUNTS):
         rows, block, k, n, bits = problem
         choice = _jax_marlin.select_tile(rows, block, k, n, bits, sm_count, has_wgmma)
-        kernel = kernel_of(choice)
+        kernel = choice["kernel"]
         tile = tables[kernel][choice["tile"]]
         assert (
             choice["n_blocks"] * tile["columns"] >= n > (choice["n_blocks"] - 1) * tile["columns"]

@@ -18,7 +18,7 @@ def test_choice_covers_the_problem_and_stays_in_scratch(has_wgmma):
         choice = _jax_marlin.select_tile(rows, block, n, k, 4, sm_count, has_wgmma, transposed=True)
         tile = table[choice["tile"]]
         reached.add(choice["tile"])
-        assert not choice["wgmma"]
+        assert choice["kernel"] == "mma"
         assert 0 <= choice["n_blocks"] * tile["columns"] - k < tile["columns"]
         assert choice["sub_blocks"] * tile["tile_m"] >= block
         assert choice["row_blocks"] == -(-rows // block) * choice["sub_blocks"]

@@ -66,9 +66,9 @@ def test_tall_tiles_split_k_too():
 
 def test_every_tile_is_reachable():
     choices = [_jax_marlin.select_tile(*p, 132, True) for p in problems()]
-    assert all(choice["wgmma"] and choice["scratch_bytes"] == 0 for choice in choices)
+    assert all(choice["kernel"] == "wgmma" and choice["scratch_bytes"] == 0 for choice in choices)
     choices += [_jax_marlin.select_tile(*p, 132, True, True) for p in problems()]
-    reached = {choice["tile"] for choice in choices if choice["wgmma"]}
+    reached = {choice["tile"] for choice in choices if choice["kernel"] == "wgmma"}
     assert reached == set(range(len(_jax_marlin.wgmma_table())))
 
 
@@ -77,13 +77,13 @@ def test_gated_products_keep_gate_and_up_in_one_warpgroup():
     for problem in problems():
         choice = _jax_marlin.select_tile(*problem, 132, True, True)
         # Else up would start inside the packed tile of gate's last columns.
-        assert choice["wgmma"] == (problem[3] % 128 == 0)
+        assert (choice["kernel"] == "wgmma") == (problem[3] % 128 == 0)
         assert choice["split_k"] == 1
-        assert not choice["wgmma"] or table[choice["tile"]]["gated"]
+        assert choice["kernel"] != "wgmma" or table[choice["tile"]]["gated"]
 
 
 def test_few_rows_and_other_gpus_are_left_to_mma_sync():
     few, many = [(8, 0, 4096, 4096, 4), (4096, 8, 4096, 4096, 4)], [(64, 0, 4096, 4096, 4)]
-    assert not any(_jax_marlin.select_tile(*p, 132, True)["wgmma"] for p in few)
-    assert all(_jax_marlin.select_tile(*p, 132, True)["wgmma"] for p in many)
-    assert not any(_jax_marlin.select_tile(*p, 132, False)["wgmma"] for p in few + many)
+    assert not any(_jax_marlin.select_tile(*p, 132, True)["kernel"] == "wgmma" for p in few)
+    assert all(_jax_marlin.select_tile(*p, 132, True)["kernel"] == "wgmma" for p in many)
+    assert not any(_jax_marlin.select_tile(*p, 132, False)["kernel"] == "wgmma" for p in few + many)

@@ -65,9 +65,8 @@ nb::list tile_table() {
 
 nb::dict describe(const TileChoice& choice) {
   nb::dict result;
-  result["wgmma"] = choice.wgmma;
-  result["streams"] = choice.streams;
-  result["skinny"] = choice.skinny;
+  constexpr const char* kKernels[] = {"mma", "wgmma", "stream", "skinny"};  // as Kernel has them
+  result["kernel"] = kKernels[static_cast<int>(choice.kernel)];
   result["tile"] = choice.tile;
   result["sub_blocks"] = choice.sub_blocks;
   result["row_blocks"] = choice.row_blocks;

@@ -31,7 +31,7 @@ struct GemmParams {
   const void* scales;          // [num_experts, stack_n_tiles, num_groups, 64]
   const void* zero_points;     // same shape as scales; null when symmetric
   const void* bias;            // [n] of this call, or [num_experts, bias_stride]
-  const int* expert;           // dense: which expert, clamped to the stack
+  const int* expert;           // dense: which one, clamped to the stack; null: the only one
   const int* sorted_token_ids; // routed by tables: [slots]; null otherwise
   const int* expert_ids;       // routed: one a routing block
   const int* num_tokens_past_padded;

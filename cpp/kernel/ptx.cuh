@@ -21,8 +21,8 @@ __device__ __forceinline__ uint4 load_stream(const uint32_t* pointer) {
   return v;
 }
 
-// The same where `valid`, without a branch, and no sooner or later than it is asked for: a load by
-// way of .nc is free to move behind a wait, and does.
+// The same where `valid`, without a branch, and not by way of .nc: such a load the assembler moves
+// behind a barrier, too.
 __device__ __forceinline__ void load_stream_if(bool valid, const uint32_t* pointer, uint4& v) {
   asm volatile(
       "{.reg .pred p;\n"

@@ -2,8 +2,8 @@
 // Yt = Wt Xt with mma.sync, each warp a slice of K.
 //
 // What counts is how soon all weights are on their way and how late the last is multiplied. So a
-// warp finds its weights in few instructions, asks for them before it waits for anything, brings
-// its own part of x, and meets others once, when all its pieces are done.
+// warp finds its weights in few instructions, asks for them before it waits for x, of which it
+// brings its own part, and meets others once more, when all its pieces are done.
 #pragma once
 
 #include "multiply.cuh"
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   } else {
     multiply_slice<Config, false>(p, work, shared);
   }
+  // The next kernel's blocks find no room beside this one's, whose threads take all registers.
   ptx::launch_dependents();
   __syncthreads();
   store_pieces<Config>(p, work, shared);

@@ -92,10 +92,46 @@ cudaError_t launch_skinny(const GemmLaunch& gemm, int sm_count, Order order, cud
                 stream, params, 1, kSharedOfBlock);
 }
 
+cudaError_t launch_mma(const GemmLaunch& gemm, const DeviceLimits& device, Order order,
+                       cudaStream_t stream) {
+  const TileChoice& choice = gemm.choice;
+  GemmParams params = gemm.params;
+  params.split_k = choice.split_k;
+  params.sub_blocks = choice.sub_blocks;
+  if (choice.split_k > 1 && !choice.in_cluster) {
+    params.arrivals = static_cast<int*>(gemm.scratch);
+    params.partials =
+        reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
+  }
+  const GemmKernel kernel = find_kernel(gemm);
+  const TileConfig& tile = tile_at(choice.tile);
+  if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
+  // last. Dense: row blocks first, which share weights.
+  const bool routed = params.expert_ids != nullptr || params.topk_ids != nullptr;
+  const int64_t row_blocks = choice.row_blocks + (params.zeroes_rows ? 1 : 0);
+  params.columns_first = routed && row_blocks <= kMaxGridY;
+  dim3 grid(static_cast<unsigned>(row_blocks), choice.n_blocks, choice.split_k);
+  if (params.columns_first) std::swap(grid.x, grid.y);
+  if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
+  const int cluster = choice.in_cluster ? choice.split_k : 1;
+  const Residence residence =
+      select_residence(params, choice, tile, gemm.bits, kernel.stages_at, device);
+  const int resident_bytes = std::max(kernel.shared_bytes, kernel.stages_at + residence.bytes);
+  // A kernel that starts beside this one counts on no more than the ring takes.
+  if (residence.rows == 0 || (params.next_fits_beside && resident_bytes > kernel.shared_bytes)) {
+    return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params,
+                  cluster);
+  }
+  params.resident_rows = residence.rows;
+  return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params,
+                cluster, kSharedOfBlock);
+}
+
 // Whether the GEMM itself can zero the rows that it does not compute.
 bool can_zero_rows(const GemmLaunch& gemm) {
   const GemmParams& p = gemm.params;
-  return !gemm.choice.wgmma && p.sorted_token_ids != nullptr && p.slots > 0 &&
+  return gemm.choice.kernel != Kernel::kWgmma && p.sorted_token_ids != nullptr && p.slots > 0 &&
          p.slots <= kMaxNamedSlots && p.out_rows <= kMaxNamedRows;
 }
 
@@ -134,40 +170,17 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   DeviceLimits device = {};
   const cudaError_t found = current_device(&device);
   if (found != cudaSuccess) return found;
-  if (choice.wgmma) return launch_wgmma_gemm(gemm, device.sm_count, stream);
-  if (choice.skinny) return launch_skinny(gemm, device.sm_count, order, stream);
-  if (choice.streams) return launch_stream(gemm, device.sm_count, order, stream);
-  GemmParams params = gemm.params;
-  params.split_k = choice.split_k;
-  params.sub_blocks = choice.sub_blocks;
-  if (choice.split_k > 1 && !choice.in_cluster) {
-    params.arrivals = static_cast<int*>(gemm.scratch);
-    params.partials =
-        reinterpret_cast<float*>(static_cast<char*>(gemm.scratch) + arrivals_bytes(choice));
+  switch (choice.kernel) {
+    case Kernel::kWgmma:
+      return launch_wgmma_gemm(gemm, device.sm_count, stream);
+    case Kernel::kStream:
+      return launch_stream(gemm, device.sm_count, order, stream);
+    case Kernel::kSkinny:
+      return launch_skinny(gemm, device.sm_count, order, stream);
+    case Kernel::kMma:
+      return launch_mma(gemm, device, order, stream);
   }
-  const GemmKernel kernel = find_kernel(gemm);
-  const TileConfig& tile = tile_at(choice.tile);
-  if (choice.row_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  // Routed: column blocks first, so that row blocks beyond those in use, which leave at once, come
-  // last. Dense: row blocks first, which share weights.
-  const bool routed = params.expert_ids != nullptr || params.topk_ids != nullptr;
-  const int64_t row_blocks = choice.row_blocks + (params.zeroes_rows ? 1 : 0);
-  params.columns_first = routed && row_blocks <= kMaxGridY;
-  dim3 grid(static_cast<unsigned>(row_blocks), choice.n_blocks, choice.split_k);
-  if (params.columns_first) std::swap(grid.x, grid.y);
-  if (grid.y > kMaxGridY) return cudaErrorInvalidConfiguration;
-  const int cluster = choice.in_cluster ? choice.split_k : 1;
-  const Residence residence =
-      select_residence(params, choice, tile, gemm.bits, kernel.stages_at, device);
-  const int resident_bytes = std::max(kernel.shared_bytes, kernel.stages_at + residence.bytes);
-  // A kernel that starts beside this one counts on no more than the ring takes.
-  if (residence.rows == 0 || (params.next_fits_beside && resident_bytes > kernel.shared_bytes)) {
-    return launch(kernel.function, grid, kernel.threads, kernel.shared_bytes, order, stream, params,
-                  cluster);
-  }
-  params.resident_rows = residence.rows;
-  return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params,
-                cluster, kSharedOfBlock);
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t stream) {
@@ -179,8 +192,10 @@ cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t
   if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
   const bool cleared = out_bytes > 0 || arrivals_bytes(gemm.choice) > 0;
   gemm.params.zeros_are_pending = cleared;
-  // The skinny kernel waits for whatever comes before it, and is short: much of it is its launch.
-  const Order order = cleared || gemm.choice.skinny ? Order::kOverlap : Order::kAfter;
+  // The skinny kernel is short, much of it its launch, and waits for the kernel before it, whatever
+  // that is. NOTE: one that itself starts early must wait for its own, as all of ours do.
+  const bool starts_early = cleared || gemm.choice.kernel == Kernel::kSkinny;
+  const Order order = starts_early ? Order::kOverlap : Order::kAfter;
   return status != cudaSuccess ? status : launch_gemm(gemm, order, stream);
 }
 

@@ -81,8 +81,8 @@ LayerChoice select_layer(const LayerProblem& layer, const DeviceLimits& device) 
     if (choice.down_fits_beside) choice.gate_up = roomy;
   }
   // Only the wgmma kernel writes by slot. Act-order gathers hidden rows by route.
-  down.x_by_slot =
-      choice.tables && layer.room_for_hidden && !layer.down_gathers && choice.gate_up.wgmma;
+  down.x_by_slot = choice.tables && layer.room_for_hidden && !layer.down_gathers &&
+                   choice.gate_up.kernel == Kernel::kWgmma;
   choice.down = choice.sums_routes ? choose_routes_tile(layer) : select_tile(down, device);
   return choice;
 }

@@ -30,11 +30,13 @@ struct DeviceLimits {
   bool has_wgmma;  // sm_90, and its code compiled in: clusters and bulk copies, too
 };
 
+// kMma: blocks that end with their piece, whose tiles tile_at counts. Each of the others has a
+// table of its own: kWgmmaTable, kStreamTable, kSkinnyTable.
+enum class Kernel { kMma, kWgmma, kStream, kSkinny };
+
 struct TileChoice {
-  bool wgmma = false;  // the wgmma kernel: `tile` is a row of kWgmmaTable
-  bool streams = false;  // the streaming kernel: `tile` is a row of kStreamTable
-  bool skinny = false;  // the skinny kernel: `tile` is a row of kSkinnyTable
-  int tile;  // else as tile_at counts them
+  Kernel kernel = Kernel::kMma;
+  int tile;  // row of that kernel's table
   int sub_blocks;  // row blocks of one routing block; 1 when dense
   int64_t row_blocks;  // an upper bound when routed: unused ones leave at once
   int n_blocks;

@@ -47,7 +47,7 @@ bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device) {
   constexpr double kMaxUneven = 1.1;  // the busiest SM's pieces over the average's, of many rows
   if (!device.has_wgmma || problem.transposed || problem.moe_block_size > 0) return false;
   const int k_tiles = problem.k / kTile;
-  if (problem.k % kTile != 0 || k_tiles >= kSkinnyMaxTiles) return false;
+  if (problem.k % kTile != 0 || k_tiles < 1 || k_tiles >= kSkinnyMaxTiles) return false;
   if (problem.rows < 1 || problem.rows > kSkinnyTable[kNumSkinnyTiles - 1].rows) return false;
   const double pieces = static_cast<double>(ceil_div(problem.n, kSkinnyColumns)) / device.sm_count;
   if (pieces < kMinPieces || pieces * k_tiles > kMaxTiles) return false;
@@ -60,7 +60,7 @@ bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device) {
 
 TileChoice select_skinny(const GemmProblem& problem) {
   TileChoice choice = {};
-  choice.skinny = true;
+  choice.kernel = Kernel::kSkinny;
   choice.tile = fitting_tile(problem);
   choice.row_blocks = choice.sub_blocks = choice.split_k = 1;
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, kSkinnyColumns));

@@ -45,7 +45,7 @@ bool prefers_stream(const GemmProblem& problem, const DeviceLimits& device) {
 
 TileChoice select_stream_tile(const GemmProblem& problem, const DeviceLimits& device) {
   TileChoice choice = {};
-  choice.streams = true;
+  choice.kernel = Kernel::kStream;
   for (int tile = 1; tile < kNumStreamTiles; ++tile) {
     const double clocks = estimate(problem, kStreamTable[tile], device.sm_count);
     const double least = estimate(problem, kStreamTable[choice.tile], device.sm_count);

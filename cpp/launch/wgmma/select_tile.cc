@@ -21,7 +21,7 @@ TileChoice choice_of(const GemmProblem& problem, int tile, int split_k) {
   const WgmmaTile& t = kWgmmaTable[tile].tile;
   const bool routed = problem.moe_block_size > 0;
   TileChoice choice;
-  choice.wgmma = true;
+  choice.kernel = Kernel::kWgmma;
   choice.tile = tile;
   choice.sub_blocks = routed ? static_cast<int>(ceil_div(problem.moe_block_size, t.tile_m)) : 1;
   choice.row_blocks = routed ? ceil_div(problem.rows, problem.moe_block_size) * choice.sub_blocks
