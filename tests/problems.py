@@ -30,6 +30,7 @@ class Problem:
     top_k: int = 2
     moe_block_size: int = 8
     routing: str = "random"  # or "one_expert", "few_experts", "skips", "nobody"
+    exact: bool = False  # float32 holds weights, products and sums as they are
 
     def __str__(self) -> str:
         return self.name
@@ -119,6 +120,8 @@ def build(p: Problem) -> Case:
     num_groups = -(-p.k // group_size)
     codes = rng.integers(0, 2**p.bits, (p.num_experts, p.k, p.n))
     scales = rng.uniform(0.01, 0.05, (p.num_experts, num_groups, p.n))
+    if p.exact:
+        scales = rng.choice([0.5, 1.0], scales.shape)
     scales = (scales * rng.choice([-1.0, 1.0], scales.shape)).astype(p.dtype)
     version = "gptq_v2" if p.zeros == "v2" else "gptq"
     qzeros = None
@@ -146,12 +149,17 @@ def build(p: Problem) -> Case:
             for e in range(p.num_experts)
         ]
     )
-    bias = rng.normal(size=(p.num_experts, p.n)).astype(p.dtype) if p.bias else None
+
+    def values(*shape: int) -> np.ndarray:
+        numbers = rng.integers(-2, 3, shape) if p.exact else rng.normal(size=shape)
+        return numbers.astype(p.dtype)
+
+    bias = values(p.num_experts, p.n) if p.bias else None
     tensors = {
         "qweights": qweights, "scales": scales, "qzeros": qzeros, "g_idx": g_idx, "bias": bias,
         "bits": p.bits, "group_size": p.group_size, "checkpoint_format": version,
     }  # fmt: skip
-    x = rng.normal(size=(p.m, p.k)).astype(p.dtype)
+    x = values(p.m, p.k)
     topk_weights = rng.uniform(0.1, 1.0, (p.m, p.top_k)).astype(np.float32)
     return Case(x, tensors, weights, bias, _route(p, rng), topk_weights)
 

@@ -4,9 +4,6 @@ A test without a GPU pins that the shapes below are such; the tests with one com
 oracle. Many row blocks of few experts take the kernel as well as many experts would.
 """
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,60 +209,3 @@ def test_layers_with_tables(weights_on_input):
     oracle.assert_within(got, *expected(layer, weights_on_input=weights_on_input))
     again = np.asarray(jax.jit(run)(*arguments)).tobytes()
     assert all(np.asarray(jax.jit(run)(*arguments)).tobytes() == again for _ in range(20))
-
-
-# Columns from a tile on of one expert of two, of all that it has. So many that they repeat.
-DENSE_K, DENSE_N, REPEATS, FIRST = 3968, 1728, 18, 64
-
-
-def test_wide_dense_weights_stream():
-    extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
-    for n in (DENSE_N * REPEATS, DENSE_N * REPEATS - FIRST):
-        one, eight, nine = (
-            extension.select_tile(m, 0, DENSE_K, n, 4, **H100)["kernel"] for m in (1, 8, 9)
-        )
-        assert one == eight == "stream" != nine
-
-
-@functools.cache
-def dense_case() -> problems.Case:
-    return problems.build(
-        problems.Problem(
-            "stream_dense", m=7, k=DENSE_K, n=DENSE_N, num_experts=2, top_k=1, group_size=128,
-            dtype="bfloat16", bias=True,
-        )
-    )  # fmt: skip
-
-
-def repeated(stack):
-    """The same columns again and again: a packed tile holds 64 of them."""
-    return dataclasses.replace(
-        stack,
-        qweight=jnp.tile(stack.qweight, (1, REPEATS, 1, 1)),
-        scales=jnp.tile(stack.scales, (1, REPEATS, 1, 1)),
-        bias=jnp.tile(stack.bias, (1, REPEATS)),
-        spec=dataclasses.replace(stack.spec, n=DENSE_N * REPEATS),
-    )
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("rows", [1, 7])
-def test_dense(rows):
-    """Of an expert that is known on the device alone, and of a slice of its columns."""
-    case = dense_case()
-    x, weight = case.x[:rows], case.weights[1]
-    stack = repeated(case.stack())
-    assert case.bias is not None
-    bias = case.bias[1].astype(float)
-
-    @jax.jit
-    def run(x, expert):
-        n = DENSE_N * REPEATS
-        sliced = stack.make_expert_linear(n + FIRST, n - FIRST)
-        return tuple(jm.matmul(x, w, implementation="cuda") for w in (stack[expert], sliced))
-
-    whole, part = run(jnp.asarray(x), jnp.int32(1))
-    exact = np.tile(oracle.matmul(x.astype(float), weight, bias), REPEATS)
-    budget = np.tile(oracle.matmul_budget(x.astype(float), weight, "bfloat16", bias), REPEATS)
-    oracle.assert_within(whole, exact, budget, "whole")
-    oracle.assert_within(part, exact[:, FIRST:], budget[:, FIRST:], "slice")

@@ -20,7 +20,7 @@ def choose(rows, block, k, n, bits=4, sm_count=132, **rest):
 def choices():
     """(problem, choice) of few rows to a tile."""
     for (k, n), bits, block, sm_count in itertools.product(SHAPES, (4, 8), (0, 1, 5, 8), SM_COUNTS):
-        for rows in (1, 7, 8) if block == 0 else (1, 8, 64, 512, 4096):
+        for rows in (1, 8, 64, 512, 4096):
             problem = (rows, block, k, n, bits, sm_count)
             yield problem, choose(*problem)
 
@@ -32,8 +32,8 @@ def test_choice_covers_the_problem_with_whole_k_and_no_scratch():
             continue
         tile = table[choice["tile"]]
         assert (choice["split_k"], choice["sub_blocks"], choice["scratch_bytes"]) == (1, 1, 0)
-        assert tile["tile_m"] >= (block or rows)
-        assert choice["row_blocks"] == (-(-rows // block) if block else 1)
+        assert tile["tile_m"] >= block
+        assert choice["row_blocks"] == -(-rows // block)
         assert choice["n_blocks"] == -(-n // tile["columns"])
         streamed.add(choice["tile"])
     assert streamed == set(range(len(table)))
@@ -44,7 +44,7 @@ def test_weights_enough_for_every_multiprocessor():
         pieces = (-(-rows // block) if block else 1) * -(-n // 128) / sm_count
         least = 43 if k // 64 >= 20 else 70
         enough = pieces >= 0.7 and pieces * (k // 64) >= least
-        streams = enough and k % 64 == 0 and choice["kernel"] != "skinny"
+        streams = enough and k % 64 == 0 and block > 0
         assert (choice["kernel"] == "stream") == streams
 
 
@@ -66,11 +66,11 @@ def test_what_is_left_to_others():
         return _jax_marlin.select_tile(*sizes, **rest)["kernel"]
 
     large = {"k": 8192, "n": 28672, "bits": 4, "sm_count": 132}
-    assert kernel(8, 0, **large, has_wgmma=True) == "stream"
-    assert kernel(8, 0, **large) != "stream"  # no bulk copies
-    assert kernel(9, 0, **large, has_wgmma=True) != "stream"
+    assert kernel(8, 8, **large, has_wgmma=True) == "stream"
+    assert kernel(8, 8, **large) != "stream"  # no bulk copies
+    assert kernel(8, 0, **large, has_wgmma=True) != "stream"
     assert kernel(90, 9, **large, has_wgmma=True) != "stream"
-    assert kernel(8, 0, **large, has_wgmma=True, transposed=True) != "stream"
+    assert kernel(8, 8, **large, has_wgmma=True, transposed=True) != "stream"
     off = large | {"n": 28672 + 64}  # gate ends inside a column tile
     assert kernel(8, 8, **off, has_wgmma=True, gated=True) != "stream"
     assert kernel(8, 8, **off, has_wgmma=True) == "stream"

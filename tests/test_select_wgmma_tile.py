@@ -13,10 +13,10 @@ BLOCK_SIZES = (0, 16, 17, 32, 48, 64, 96, 128, 144, 160, 256)
 
 
 def problems():
-    """Those with more rows to a tile than mma.sync serves: 8, or 16 of dense products."""
+    """Those with more rows to a tile than other kernels serve: 8, or 32 of dense products."""
     for (k, n), bits, block in itertools.product(SHAPES, (4, 8), BLOCK_SIZES):
         for rows in ROWS:
-            if rows * n > 2**23 if block == 16 else block or rows > 16:
+            if rows * n > 2**23 if block == 16 else block or rows > 32:
                 yield rows, block, k, n, bits
 
 

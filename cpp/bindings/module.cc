@@ -165,8 +165,10 @@ nb::dict describe_skinny(int tile, int rows, int k_tiles, int n, int sm_count) {
   const SkinnyTile& row = kSkinnyTable[tile];
   const SkinnyPlan plan = cut_skinny(row, rows, k_tiles, n, sm_count);
   nb::dict result;
-  result["blocks"] = plan.blocks;
-  result["teams"] = plan.blocks * (row.warps >> plan.cut.k_shift);
+  result["clusters"] = plan.clusters;
+  result["parts"] = plan.cut.parts;
+  result["sum_rows"] = 1 << plan.cut.row_shift;
+  result["teams"] = plan.clusters * (row.warps >> plan.cut.k_shift);
   result["warps_k"] = 1 << plan.cut.k_shift;
   result["slices"] = plan.cut.slices;
   result["slice_tiles"] = plan.cut.slice_tiles;

@@ -202,6 +202,17 @@ __device__ __forceinline__ float4 load_remote(const float4* shared, int rank) {
   return v;
 }
 
+// The other way.
+__device__ __forceinline__ void store_remote(float4* shared, int rank, const float4& v) {
+  asm volatile(
+      "{.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};}"
+      :
+      : "r"(shared_address(shared)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }

@@ -88,8 +88,8 @@ cudaError_t launch_skinny(const GemmLaunch& gemm, int sm_count, Order order, cud
   params.skinny.groups_per_half = params.num_groups == 1 ? 0 : ((1u << 20) + halves - 1) / halves;
   const auto find = gemm.element == ElementType::kFloat16 ? skinny_kernel_fp16 : skinny_kernel_bf16;
   const GemmKernel kernel = find(gemm.bits, tile, params.zero_points != nullptr);
-  return launch(kernel.function, dim3(plan.blocks), kernel.threads, plan.shared_bytes, order,
-                stream, params, 1, kSharedOfBlock);
+  return launch(kernel.function, dim3(plan.clusters, 1, plan.cut.parts), kernel.threads,
+                plan.shared_bytes, order, stream, params, plan.cut.parts, kSharedOfBlock);
 }
 
 cudaError_t launch_mma(const GemmLaunch& gemm, const DeviceLimits& device, Order order,

@@ -40,12 +40,9 @@ int64_t row_blocks(const GemmProblem& problem, int tile_m) {
   return ceil_div(problem.rows, problem.moe_block_size) * ceil_div(problem.moe_block_size, tile_m);
 }
 
-// Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks, or one
-// that is half of a cluster.
-int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
-                       const DeviceLimits& device) {
+// Among the tiles of 8 rows: the widest that still gives each multiprocessor two blocks.
+int select_narrow_rows(const GemmProblem& problem, const TileRange& range, int sm_count) {
   constexpr int kLongK = 8192, kBlocksPerSm = 4;
-  const int sm_count = device.sm_count;
   const double row_blocks = expected_row_blocks(problem, kTileTable[range.first].tile_m);
   const auto blocks = [&](int tile) {
     return row_blocks * static_cast<double>(ceil_div(problem.n, kTileTable[tile].columns()));
@@ -55,13 +52,8 @@ int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
     return std::ceil(blocks(tile) / sm_count) * kTileTable[tile].columns();
   };
   const int deep = range.last, wide = deep - 1;  // equally wide: for long K, and for short
-  const bool long_k = problem.k >= kLongK;
-  const int widest = long_k ? deep : wide, next = wide - 1;
+  const int widest = problem.k >= kLongK ? deep : wide, next = wide - 1;
   if (blocks(widest) < 1.9 * sm_count) {
-    // Two parts of a long K in each cluster fill the GPU, and x is fetched for a quarter as many
-    // blocks as by the narrowest.
-    const bool halves = 2 * blocks(deep) > 0.9 * sm_count && 2 * blocks(deep) <= sm_count;
-    if (long_k && halves && problem.moe_block_size == 0 && device.has_wgmma) return deep;
     int tile = next;
     while (tile > range.first && blocks(tile) < 1.9 * sm_count) --tile;
     return tile;
@@ -75,23 +67,17 @@ int select_narrow_rows(const GemmProblem& problem, const TileRange& range,
   return next;
 }
 
-int select_width(const GemmProblem& problem, const DeviceLimits& device) {
-  const int sm_count = device.sm_count;
+int select_width(const GemmProblem& problem, int sm_count) {
   const TileRange range = fitting_tiles(problem);
   const int tile_m = kTileTable[range.first].tile_m;
-  if (tile_m == 8) return select_narrow_rows(problem, range, device);
+  if (tile_m == 8) return select_narrow_rows(problem, range, sm_count);
   const auto blocks_of = [&](int tile) {
     return row_blocks(problem, kTileTable[tile].tile_m) *
            ceil_div(problem.n, kTileTable[tile].columns());
   };
   const int narrow = std::max(range.first, range.last - 1);
-  // The narrowest of 16 rows where its blocks run at once: K is split least. In clusters more than
-  // two parts of it do not pay: the widest's many parts fetch x for fewer blocks.
-  const bool in_clusters = tile_m == 16 && problem.moe_block_size == 0 && device.has_wgmma;
-  const int64_t finest = blocks_of(range.first);
-  const bool fills = finest <= sm_count && (!in_clusters || 4 * finest > sm_count);
-  if (range.first < narrow && fills) return range.first;
-  if (in_clusters && 2 * blocks_of(range.last) <= sm_count) return range.last;
+  // The narrowest of 16 rows where its blocks run at once: K is split least.
+  if (range.first < narrow && blocks_of(range.first) <= sm_count) return range.first;
   // Wide where it gives each multiprocessor two blocks, or where weights are large all the same.
   const int64_t blocks = blocks_of(range.last);
   const int64_t large = int64_t{1} << (tile_m == 16 ? 25 : 26);
@@ -125,7 +111,7 @@ TileChoice tile_choice(const GemmProblem& problem, int tile, const DeviceLimits&
 }
 
 TileChoice select_mma_tile(const GemmProblem& problem, const DeviceLimits& device) {
-  return tile_choice(problem, select_width(problem, device), device);
+  return tile_choice(problem, select_width(problem, device.sm_count), device);
 }
 
 TileChoice select_tile(const GemmProblem& problem, const DeviceLimits& device) {

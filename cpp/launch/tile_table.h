@@ -39,7 +39,7 @@ constexpr TileConfig kTileTable[] = {
      .chunk = 8,
      .stages = 4,
      .min_blocks = 3},
-    // 16 rows; the narrow one for weights whose blocks all run at once, in one part of K or two.
+    // 16 rows; the narrow one for weights whose blocks all run at once.
     {.tile_m = 16,
      .fragments = 2,
      .frags_n = 1,

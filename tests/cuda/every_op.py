@@ -35,7 +35,7 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
             jm.quantize(rng.normal(size=(1, 1280, n)) / 40, group_size=-1, **options)
             for n in (2560, 1280)
         )
-        long = jm.quantize(rng.normal(size=(2048, 64)) / 10, group_size=128, **options)
+        long = jm.quantize(rng.normal(size=(2080, 64)) / 10, group_size=-1, **options)
     # Act-order of each expert's own: the gather kernel.
     perm = np.stack([rng.permutation(96).astype(np.int32) for _ in range(3)])
     stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, long, perm)
@@ -96,10 +96,11 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
     x, ids = jnp.ones((1, 1280), dtype), jnp.zeros((1, 36), jnp.int32)
     result = jax.jit(jm.moe_ffn)(x, ids, jnp.full(ids.shape, 0.5), *square)
     assert np.isfinite(np.asarray(result).astype(np.float32)).all()
-    # A handful of rows of weights that are read in a few microseconds.
-    jax.block_until_ready(jm.matmul(jnp.ones((3, 1280), dtype), square[0][0]))
+    # Few rows of a weight, by warps that have a slice of K each; of 30 rows, in clusters.
+    for rows in (3, 16, 30):
+        jax.block_until_ready(jm.matmul(jnp.ones((rows, 1280), dtype), square[0][0]))
     # Split K: few columns, long K. Its parts meet in a cluster, or in scratch where there is none.
-    jax.block_until_ready(long(jnp.ones((5, 2048), dtype)))
+    jax.block_until_ready(long(jnp.ones((5, 2080), dtype)))
     print("every op ran")
 
 

@@ -3,7 +3,7 @@
 #include "cut.h"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
 
 #include "tile_table.h"
 
@@ -17,44 +17,77 @@ int fitting_tile(const GemmProblem& problem) {
   return tile;
 }
 
-}  // namespace
+// Clusters that run at once, a block on each multiprocessor. They lie in a processing cluster of 16
+// or 18 each, or fewer: an H200 of 132 multiprocessors has room for 66 of 2 and 30 of 4.
+int clusters_at_once(int parts, int sm_count) {
+  constexpr int kStraySms = 12;
+  return std::max((parts > 2 ? sm_count - kStraySms : sm_count) / parts, 1);
+}
 
-SkinnyPlan cut_skinny(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count) {
+SkinnyPlan cut_at(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count, int parts,
+                  int k_shift) {
   SkinnyPlan plan = {};
   SkinnyCut& cut = plan.cut;
-  // As many warps share a K as have two packed tiles of it each, a turn of their rings.
-  while (2 << cut.k_shift <= tile.warps && 4 << cut.k_shift <= k_tiles) ++cut.k_shift;
-  cut.slice_tiles = static_cast<int>(ceil_div(k_tiles, 1 << cut.k_shift));
+  cut.parts = parts;
+  cut.row_shift = std::bit_width(static_cast<unsigned>(ceil_div(rows, parts) - 1));
+  cut.k_shift = k_shift;
+  cut.slice_tiles = static_cast<int>(ceil_div(k_tiles, parts << k_shift));
   cut.slices = static_cast<int>(ceil_div(k_tiles, cut.slice_tiles));
-  const int teams_of_block = tile.warps >> cut.k_shift;
   const auto pieces = static_cast<int>(ceil_div(n, kSkinnyColumns));
-  plan.blocks = std::min(sm_count, static_cast<int>(ceil_div(pieces, teams_of_block)));
-  cut.pieces = pieces / (plan.blocks * teams_of_block);
-  cut.more = pieces % (plan.blocks * teams_of_block);
+  plan.clusters = std::min(clusters_at_once(parts, sm_count), pieces);
+  const int teams = plan.clusters * (tile.warps >> k_shift);
+  cut.pieces = pieces / teams;
+  cut.more = pieces % teams;
   // 16 bytes of padding a row turn the row pitch into 4 banks modulo 32: ldmatrix has no conflict.
   cut.x_pitch = cut.slice_tiles * kTile + 8;
-  cut.x_bytes = tile.warps * rows * cut.x_pitch * 2;
-  const int most = cut.pieces + (cut.more > 0 ? 1 : 0);
-  plan.shared_bytes = cut.x_bytes + most * tile.warps * rows * kSkinnySumPitch * 4;
+  cut.sums_at = kSkinnyBarrierBytes + (rows << k_shift) * cut.x_pitch * 2;
+  const int most = static_cast<int>(ceil_div(pieces, teams));
+  const int64_t slots = int64_t{most} * tile.warps * parts * std::min(rows, 1 << cut.row_shift);
+  plan.shared_bytes = cut.sums_at + slots * kSkinnySumPitch * static_cast<int>(sizeof(float));
+  plan.warp_tiles = most * cut.slice_tiles;
   return plan;
 }
 
-// Measured on an H200: fewer columns leave multiprocessors idle, and K is better cut between
-// blocks; many weights are better streamed in bulk copies, ahead of the warps that multiply. More
-// rows than 8 cost every block as much x as weights, which pays where all blocks end together.
+}  // namespace
+
+SkinnyPlan cut_skinny(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count) {
+  constexpr int64_t kMuchX = 48 * 1024;  // bytes, which take a block longer than parts to meet
+  const int64_t x_bytes = int64_t{rows} * k_tiles * kTile * 2;
+  const auto fits = [](const SkinnyPlan& plan) { return plan.shared_bytes <= kSharedOfBlock; };
+  SkinnyPlan best = {};
+  for (int parts = x_bytes >= kMuchX ? 2 : 1; parts <= kSkinnyMaxParts; parts *= 2) {
+    // The fewest packed tiles for the busiest warp; the fewer warps share a K, the fewer sums there
+    // are. A slice has a turn of the ring at least.
+    for (int k_shift = 0; 1 << k_shift <= tile.warps; ++k_shift) {
+      if (k_shift > 0 && tile.depth * parts << k_shift > k_tiles) break;
+      const SkinnyPlan plan = cut_at(tile, rows, k_tiles, n, sm_count, parts, k_shift);
+      if (best.clusters == 0 ||
+          (fits(plan) && (!fits(best) || plan.warp_tiles < best.warp_tiles))) {
+        best = plan;
+      }
+    }
+    if (fits(best)) break;
+  }
+  return best;
+}
+
+// Measured on an H200, K from 1024 to 28672, N from 128 to 28672. A long K of few columns is better
+// cut between more blocks. More than 16 rows cost a block as much x as weights, which pays where
+// none has more than a piece.
 bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device) {
-  constexpr double kMinPieces = 0.45, kMaxTiles = 440;  // of an SM; of pieces, packed K tiles
-  constexpr double kMaxUneven = 1.1;  // the busiest SM's pieces over the average's, of many rows
-  if (!device.has_wgmma || problem.transposed || problem.moe_block_size > 0) return false;
+  constexpr int kManyRows = 16, kLongK = 4096;
+  constexpr double kFewPieces = 0.2;  // of a multiprocessor
+  const bool dense = problem.moe_block_size == 0 && !problem.gated && !problem.transposed;
+  if (!device.has_wgmma || !dense) return false;
   const int k_tiles = problem.k / kTile;
   if (problem.k % kTile != 0 || k_tiles < 1 || k_tiles >= kSkinnyMaxTiles) return false;
   if (problem.rows < 1 || problem.rows > kSkinnyTable[kNumSkinnyTiles - 1].rows) return false;
-  const double pieces = static_cast<double>(ceil_div(problem.n, kSkinnyColumns)) / device.sm_count;
-  if (pieces < kMinPieces || pieces * k_tiles > kMaxTiles) return false;
-  const int tile = fitting_tile(problem);
-  if (tile > 0 && std::ceil(pieces) > kMaxUneven * pieces) return false;
-  const SkinnyPlan plan = cut_skinny(kSkinnyTable[tile], static_cast<int>(problem.rows), k_tiles,
-                                     problem.n, device.sm_count);
+  const auto pieces = static_cast<int>(ceil_div(problem.n, kSkinnyColumns));
+  if (problem.k > kLongK && pieces < kFewPieces * device.sm_count) return false;
+  const SkinnyPlan plan =
+      cut_skinny(kSkinnyTable[fitting_tile(problem)], static_cast<int>(problem.rows), k_tiles,
+                 problem.n, device.sm_count);
+  if (problem.rows > kManyRows && pieces > plan.clusters * plan.cut.parts) return false;
   return plan.shared_bytes <= kSharedOfBlock;
 }
 

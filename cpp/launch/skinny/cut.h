@@ -8,8 +8,9 @@ namespace jax_marlin {
 
 struct SkinnyPlan {
   SkinnyCut cut;
-  int blocks;
-  int shared_bytes;  // of a block
+  int clusters;  // of cut.parts blocks
+  int64_t shared_bytes;  // of a block
+  int warp_tiles;  // packed K tiles of the busiest warp
 };
 
 SkinnyPlan cut_skinny(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count);

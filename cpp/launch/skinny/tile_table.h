@@ -8,8 +8,9 @@ namespace jax_marlin {
 // {rows, warps, depth}
 constexpr SkinnyTile kSkinnyTable[] = {
     {8, 16, 2},
-    // Sums and products of 16 rows take the registers of twice the warps.
-    {16, 8, 4},
+    {16, 16, 2},
+    // Sums of 32 rows take the registers of twice the warps.
+    {32, 8, 2},
 };
 constexpr int kNumSkinnyTiles = sizeof(kSkinnyTable) / sizeof(kSkinnyTable[0]);
 

@@ -34,7 +34,8 @@ bool prefers_stream(const GemmProblem& problem, const DeviceLimits& device) {
   constexpr double kMinPieces = 0.7, kMinTiles = 43, kMinTilesOfShortK = 70;  // of an SM
   constexpr int kShortK = 20;  // K tiles
   const bool copies = device.has_wgmma && problem.k % kTile == 0;  // bulk copies, of whole K tiles
-  if (!copies || problem.transposed || tile_rows(problem) > kStreamRows) return false;
+  const bool routed = problem.moe_block_size > 0;  // else: the skinny kernel
+  if (!copies || !routed || tile_rows(problem) > kStreamRows) return false;
   // Gate and up have column tiles of their own.
   if (problem.gated && problem.n % (2 * kTile) != 0) return false;
   const double pieces = expected_pieces(problem) / device.sm_count;
@@ -52,8 +53,7 @@ TileChoice select_stream_tile(const GemmProblem& problem, const DeviceLimits& de
     if (clocks < least) choice.tile = tile;
   }
   choice.sub_blocks = choice.split_k = 1;
-  choice.row_blocks =
-      ceil_div(problem.rows, problem.moe_block_size > 0 ? problem.moe_block_size : kStreamRows);
+  choice.row_blocks = ceil_div(problem.rows, problem.moe_block_size);
   choice.n_blocks = static_cast<int>(ceil_div(problem.n, kStreamColumns));
   return choice;
 }
