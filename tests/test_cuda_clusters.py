@@ -51,8 +51,8 @@ DENSE = {
     "0_in_4_parts": Case(4, 2144, 1024, 0, 4, 7),
     "0_in_2_parts_more_blocks_than_multiprocessors": Case(3, 4128, 6152, 0, 2, 32, formats=LARGE),
     "4_in_2_parts": Case(12, 2144, 1544, 4, 2, 17),
-    "4_in_4_parts": Case(13, 4160, 136, 4, 4, 14),
-    "4_in_8_parts": Case(16, 8256, 72, 4, 8, 10),
+    "4_in_4_parts": Case(13, 4128, 136, 4, 4, 14),
+    "4_in_8_parts": Case(16, 8224, 72, 4, 8, 10),
 }  # fmt: skip
 ROUTED = {
     "0_single_routes": Case(3, 2112, 72, 0, 4, 6, 3, 2, 1, True),

@@ -7,11 +7,11 @@ import pytest
 _jax_marlin = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
 
 SHARED_OF_BLOCK = 227 * 1024
-SM_COUNTS = (78, 114, 132)
+SM_COUNTS = (16, 78, 114, 132)
 SHAPES = (
     (64, 2048), (192, 5000), (320, 4100), (768, 2048), (1088, 4104), (2048, 6144), (4096, 4096),
     (8192, 8192), (14336, 4096), (28672, 8192), (4096, 12288), (8192, 28672), (96, 4096),
-    (4096, 256), (8192, 3072), (16384, 256), (16384, 1024),
+    (4096, 256), (8192, 3072), (16384, 256), (16384, 1024), (53248, 16384),
 )  # fmt: skip
 
 
@@ -48,10 +48,25 @@ def test_teams_take_every_piece_and_warps_all_of_k():
         assert (cut["slices"] - 1) * cut["slice_tiles"] < -(-k // 64)  # none is empty
         assert cut["sum_rows"] * parts >= rows
         assert cut["sum_rows"] < 2 * -(-rows // parts)
+        # Rows of x are 16 bytes apart from a multiple of 128, behind barriers of 8 bytes a warp.
+        assert cut["x_pitch"] * 2 % 128 == 16
+        assert cut["sums_at"] >= 8 * warps + cut["warps_k"] * rows * 2 * cut["x_pitch"]
+        sums = min(rows, cut["sum_rows"]) * 36 * 4  # bytes of a slice of a piece
+        most = cut["pieces"] + (cut["more"] > 0)
+        slices = most * warps * parts
+        assert cut["shared_bytes"] >= cut["sums_at"] + slices * sums
         warps_k.add(cut["warps_k"])
         all_parts.add(parts)
     assert warps_k == {1, 2, 4, 8, 16}
     assert all_parts == {1, 2, 4}
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1, 1), (-1, 1, 1, 1), (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0)]
+)
+def test_nothing_is_not_cut(sizes):
+    with pytest.raises(ValueError, match="cut_skinny"):
+        _jax_marlin.cut_skinny(*sizes, 132)
 
 
 def test_x_that_is_large_is_shared_by_blocks():
@@ -72,7 +87,7 @@ def test_few_rows_of_any_weight_and_some_more_of_few_columns():
             tile = fitting_tile(rows)
             cut = _jax_marlin.cut_skinny(tile, rows, -(-k // 64), n, sm_count)
             few = rows <= 16 or pieces <= cut["clusters"] * cut["parts"]
-            enough = k <= 4096 or pieces >= 0.2 * sm_count
+            enough = rows > 8 or k <= 4096 or pieces >= 0.2 * sm_count
             fits = cut["shared_bytes"] <= SHARED_OF_BLOCK
             skinny = k % 64 == 0 and few and enough and fits
         assert (choice["kernel"] == "skinny") == skinny
@@ -107,6 +122,6 @@ def test_what_is_left_to_others():
     assert kernel(1, 4104, 4096) != "skinny"
     assert kernel(16, 14336, 4096) == "skinny"
     assert kernel(16, 28672, 4096) != "skinny"  # x would not fit
-    assert kernel(1, 32768, 2048) != "skinny"  # the index of a group is exact below
-    assert kernel(1, 32704, 2048) == "skinny"
+    assert kernel(9, 8192, 512) == kernel(1, 53248, 16384) == "skinny"
     assert kernel(1, 0, 4096) != "skinny"
+    assert kernel(1, 4096, 0) != "skinny"

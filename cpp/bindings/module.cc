@@ -162,6 +162,9 @@ nb::list skinny_table() {
 }
 
 nb::dict describe_skinny(int tile, int rows, int k_tiles, int n, int sm_count) {
+  if (tile < 0 || tile >= kNumSkinnyTiles || rows < 1 || k_tiles < 1 || n < 1 || sm_count < 1) {
+    throw nb::value_error("cut_skinny: there is no such tile, or nothing to cut");
+  }
   const SkinnyTile& row = kSkinnyTable[tile];
   const SkinnyPlan plan = cut_skinny(row, rows, k_tiles, n, sm_count);
   nb::dict result;
@@ -174,6 +177,8 @@ nb::dict describe_skinny(int tile, int rows, int k_tiles, int n, int sm_count) {
   result["slice_tiles"] = plan.cut.slice_tiles;
   result["pieces"] = plan.cut.pieces;
   result["more"] = plan.cut.more;
+  result["x_pitch"] = plan.cut.x_pitch;
+  result["sums_at"] = plan.cut.sums_at;
   result["shared_bytes"] = plan.shared_bytes;
   return result;
 }
@@ -217,7 +222,7 @@ NB_MODULE(_jax_marlin, m) {
       "routes_tile", [] { return describe(kRoutesTile); }, "The tile that sums a token's routes.");
   m.def("transposed_table", &transposed_table, "The tiles of x W^T.");
   m.def("stream_table", &stream_table, "The rows for few tokens and many weights, on sm_90.");
-  m.def("skinny_table", &skinny_table, "The rows for a handful of tokens of one weight, on sm_90.");
+  m.def("skinny_table", &skinny_table, "The rows for few tokens of one weight, on sm_90.");
   m.def("cut_skinny", &describe_skinny, nb::arg("tile"), nb::arg("rows"), nb::arg("k_tiles"),
         nb::arg("n"), nb::arg("sm_count"), "How the skinny kernel cuts a product.");
   m.def("wgmma_table", &wgmma_table, "The rows for GPUs that have wgmma.");

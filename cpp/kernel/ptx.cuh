@@ -62,6 +62,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// No instruction: the value is computed before whatever waits next, not behind it.
+__device__ __forceinline__ void compute_now(const uint32_t*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+__device__ __forceinline__ void compute_now(int64_t& value) { asm volatile("" : "+l"(value)); }
+__device__ __forceinline__ void compute_now(int& value) { asm volatile("" : "+r"(value)); }
+
 // lop3 with table 0xEA: (a & mask) | bits. Written in C, both constants become immediates and two
 // instructions, since one instruction holds one immediate.
 __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {

@@ -22,12 +22,24 @@ class SkinnyRing {
   };
 
  public:
-  // Requests the words of the first turn: they come from memory, all else from L2.
-  __device__ __forceinline__ SkinnyRing(const GemmParams& p, const SkinnyWork<Config>& work,
-                                        int expert)
-      : p_(p), work_(work), expert_(expert), piece_(work.first) {
+  // Finds the first piece's weights, in the first expert.
+  __device__ __forceinline__ SkinnyRing(const GemmParams& p, const SkinnyWork<Config>& work)
+      : p_(p), work_(work), first_tile_(p.first_tile), piece_(work.first) {
     seek();
     if (work.pieces == 0) k_tile_ = work.tiles;  // nothing to request
+    ptx::compute_now(words_);
+    ptx::compute_now(scales_at_);
+    ptx::compute_now(k_tile_);
+  }
+
+  // Requests the words of the first turn, most of what comes from memory.
+  __device__ __forceinline__ void start(int expert) {
+    if (expert > 0) {
+      first_tile_ += expert * p_.stack_n_tiles;
+      const int k_tile = k_tile_;
+      seek();
+      k_tile_ = k_tile;
+    }
 #pragma unroll
     for (int slot = 0; slot < Config::kDepth; ++slot) request_words(slot);
   }
@@ -88,7 +100,7 @@ class SkinnyRing {
   __device__ __forceinline__ void seek() {
     static_assert(2 * kSkinnyColumns == kTile);
     const int lane = threadIdx.x % 32, within = piece_ % 2 * Config::kFragsN;
-    const int column_tile = expert_ * p_.stack_n_tiles + p_.first_tile + piece_ / 2;
+    const int column_tile = first_tile_ + piece_ / 2;
     k_tile_ = 0;
     words_ = p_.qweight +
              (int64_t{column_tile} * p_.k_tiles + work_.k_tile) * Config::kWordsPerTile +
@@ -114,8 +126,9 @@ class SkinnyRing {
     const bool valid = k_tile_ + slot < work_.tiles;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
+      // Exact while half tiles of K times those of a group are below 2^31.
       const auto index = static_cast<uint32_t>(2 * (work_.k_tile + k_tile_ + slot) + half);
-      const auto group = static_cast<int>(index * work_.cut.groups_per_half >> 20);
+      const auto group = static_cast<int>(__umulhi(2 * index, work_.cut.groups_per_half));
       const int64_t at = scales_at_ + group * kTile;
 #pragma unroll
       for (int f = 0; f < Config::kFragsN; ++f) {
@@ -131,9 +144,9 @@ class SkinnyRing {
 
   const GemmParams& p_;
   const SkinnyWork<Config>& work_;
-  const int expert_;
   uint32_t x_begin_[Config::kFragsM];  // shared addresses of this lane's rows of ldmatrix
   uint32_t x_at_ = 0;  // of the turn that is multiplied, behind them
+  int first_tile_;  // of the expert's columns in the stack
   int piece_, k_tile_ = 0;  // that are being requested; k_tile_: of the slice
   const uint32_t* words_;
   int64_t scales_at_;

@@ -9,7 +9,6 @@ namespace jax_marlin {
 
 constexpr int kSkinnyColumns = 2 * kFragment;  // of a piece
 constexpr int kSkinnyMaxParts = 4;  // of K, in the blocks of a cluster
-constexpr int kSkinnyMaxTiles = 1 << 9;  // of K: below, SkinnyCut::groups_per_half is exact
 
 // 4 floats of padding: the rows 2c of a quarter of a warp lie in different banks.
 constexpr int kSkinnySumPitch = kSkinnyColumns + 4;
@@ -40,7 +39,7 @@ struct SkinnyCut {
   int more;  // teams, the first, that have one more
   int x_pitch;  // of a row of a slice of x in shared memory, in elements
   int sums_at;  // in shared memory, behind x, in bytes
-  uint32_t groups_per_half;  // kHalf / group_size in units of 2^-20, rounded up; 0: a single group
+  uint32_t groups_per_half;  // kHalf / group_size in units of 2^-31, rounded up; 0: a single group
 };
 
 }  // namespace jax_marlin

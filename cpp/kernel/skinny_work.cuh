@@ -18,6 +18,7 @@ struct SkinnyConfig : WeightFormat<Element_, bits, zero_points> {
   static constexpr int kDepth = tile.depth;
   static constexpr bool kScaleSums = kRows == 8;  // few tokens: dequant.cuh
   static constexpr bool kSumsRoutes = false;
+  static_assert(kWarps * sizeof(uint64_t) <= kSkinnyBarrierBytes);
 };
 
 // A warp's slice of K, over all pieces of its team.

@@ -54,12 +54,9 @@ class StreamProducer {
   }
 
  private:
-  // Routed: those of used slots alone, known on the device.
+  // Those of used slots alone, known on the device.
   __device__ __forceinline__ int count_row_blocks() const {
     if (p_.topk_ids != nullptr) return static_cast<int>(p_.out_rows);
-    if (p_.sorted_token_ids == nullptr) {
-      return static_cast<int>((p_.out_rows + kStreamRows - 1) / kStreamRows);
-    }
     const int used = min(max(*p_.num_tokens_past_padded, 0), p_.slots);
     return (used + p_.moe_block_size - 1) / p_.moe_block_size;
   }
@@ -72,9 +69,6 @@ class StreamProducer {
     if (p_.topk_ids != nullptr) {  // each route is a row block of its own
       piece.expert = p_.topk_ids[row_block];
       if (lane_ == 0) piece.row = row_block;
-    } else if (p_.sorted_token_ids == nullptr) {
-      piece.expert = p_.expert == nullptr ? 0 : min(max(*p_.expert, 0), p_.num_experts - 1);
-      if (lane_ < kStreamRows) piece.row = row_block * kStreamRows + lane_;
     } else {
       piece.expert = p_.expert_ids[row_block];
       const int slot = row_block * p_.moe_block_size + lane_;

@@ -97,9 +97,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& storage = *reinterpret_cast<WgmmaStorage<Config>*>(shared);
   init_barriers<Config>(p, storage);
+  ptx::wait_dependencies();
   if (threadIdx.x < Config::kCopyThreads) {
     ptx::release_registers<Config::kCopyRegisters>();
     Producer<Config>(p, storage).run();
+    ptx::launch_dependents();
   } else {
     ptx::take_registers<Config::kMultiplyRegisters>();
     const int thread = threadIdx.x - Config::kCopyThreads;

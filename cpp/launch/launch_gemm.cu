@@ -85,7 +85,7 @@ cudaError_t launch_skinny(const GemmLaunch& gemm, int sm_count, Order order, cud
                                      params.k_tiles, params.n, sm_count);
   params.skinny = plan.cut;
   const uint32_t halves = params.group_size / kHalf;
-  params.skinny.groups_per_half = params.num_groups == 1 ? 0 : ((1u << 20) + halves - 1) / halves;
+  params.skinny.groups_per_half = params.num_groups == 1 ? 0 : ((1u << 31) + halves - 1) / halves;
   const auto find = gemm.element == ElementType::kFloat16 ? skinny_kernel_fp16 : skinny_kernel_bf16;
   const GemmKernel kernel = find(gemm.bits, tile, params.zero_points != nullptr);
   return launch(kernel.function, dim3(plan.clusters, 1, plan.cut.parts), kernel.threads,
@@ -126,6 +126,17 @@ cudaError_t launch_mma(const GemmLaunch& gemm, const DeviceLimits& device, Order
   params.resident_rows = residence.rows;
   return launch(kernel.resident, grid, kernel.threads, resident_bytes, order, stream, params,
                 cluster, kSharedOfBlock);
+}
+
+// Whether each multiprocessor has as many blocks as it has room for. Where it has fewer, and they
+// begin while the kernel before them ends, some have one more than others. wgmma and skinny blocks
+// fill theirs alone, or are not launched early: wgmma/launch.cu.
+bool fills_gpu(const GemmLaunch& gemm, int sm_count) {
+  const TileChoice& choice = gemm.choice;
+  if (choice.kernel != Kernel::kMma) return choice.kernel != Kernel::kStream;
+  const int64_t blocks = choice.row_blocks * choice.n_blocks * choice.split_k;
+  const int64_t room = tile_at(choice.tile).blocks_per_sm(gemm.bits);
+  return blocks > (room - 1) * sm_count && blocks <= room * sm_count;
 }
 
 // Whether the GEMM itself can zero the rows that it does not compute.
@@ -172,7 +183,7 @@ cudaError_t launch_gemm(const GemmLaunch& gemm, Order order, cudaStream_t stream
   if (found != cudaSuccess) return found;
   switch (choice.kernel) {
     case Kernel::kWgmma:
-      return launch_wgmma_gemm(gemm, device.sm_count, stream);
+      return launch_wgmma_gemm(gemm, device.sm_count, order, stream);
     case Kernel::kStream:
       return launch_stream(gemm, device.sm_count, order, stream);
     case Kernel::kSkinny:
@@ -192,9 +203,11 @@ cudaError_t launch_cleared_gemm(GemmLaunch gemm, int64_t out_bytes, cudaStream_t
   if (status == cudaSuccess) status = clear_arrivals(gemm, stream);
   const bool cleared = out_bytes > 0 || arrivals_bytes(gemm.choice) > 0;
   gemm.params.zeros_are_pending = cleared;
-  // The skinny kernel is short, much of it its launch, and waits for the kernel before it, whatever
-  // that is. NOTE: one that itself starts early must wait for its own, as all of ours do.
-  const bool starts_early = cleared || gemm.choice.kernel == Kernel::kSkinny;
+  DeviceLimits device = {};
+  if (status == cudaSuccess) status = current_device(&device);
+  // Blocks set up while the kernel before them ends, and wait for that one, whatever it is. NOTE:
+  // one that itself starts early must wait for its own, as all of ours do.
+  const bool starts_early = cleared || fills_gpu(gemm, device.sm_count);
   const Order order = starts_early ? Order::kOverlap : Order::kAfter;
   return status != cudaSuccess ? status : launch_gemm(gemm, order, stream);
 }

@@ -35,12 +35,13 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
             jm.quantize(rng.normal(size=(1, 1280, n)) / 40, group_size=-1, **options)
             for n in (2560, 1280)
         )
+        pair = jm.quantize(rng.normal(size=(2, 8256, 136)) / 90, group_size=32, **options)
         long = jm.quantize(rng.normal(size=(2080, 64)) / 10, group_size=-1, **options)
     # Act-order of each expert's own: the gather kernel.
     perm = np.stack([rng.permutation(96).astype(np.int32) for _ in range(3)])
-    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, long, perm)
+    stacks = (gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, pair, long, perm)
     on_gpu = jax.device_put(stacks, jax.devices()[0])
-    gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, long, perm = on_gpu
+    gate_up, down, wide, narrow, one, flat, tall, deep, broad, square, pair, long, perm = on_gpu
     permuted = dataclasses.replace(gate_up, perm=perm)
 
     def routed(x, topk_weights, topk_ids, counts):
@@ -99,6 +100,9 @@ def main(tool: str, dtype: str, bits: int, zero_points: str) -> None:
     # Few rows of a weight, by warps that have a slice of K each; of 30 rows, in clusters.
     for rows in (3, 16, 30):
         jax.block_until_ready(jm.matmul(jnp.ones((rows, 1280), dtype), square[0][0]))
+    for rows in (9, 32):  # of a slice of the last of two; clusters of two, and of four
+        x = jnp.ones((rows, 8256), dtype)
+        jax.block_until_ready(jm.matmul(x, pair.make_expert_linear(136 + 64, 72)))
     # Split K: few columns, long K. Its parts meet in a cluster, or in scratch where there is none.
     jax.block_until_ready(long(jnp.ones((5, 2080), dtype)))
     print("every op ran")

@@ -22,7 +22,7 @@ namespace jax_marlin {
 GemmKernel stream_kernel_fp16(int, int, bool) { return {}; }
 GemmKernel stream_kernel_bf16(int, int, bool) { return {}; }
 bool has_wgmma() { return true; }
-cudaError_t launch_wgmma_gemm(const GemmLaunch&, int, cudaStream_t) {
+cudaError_t launch_wgmma_gemm(const GemmLaunch&, int, Order, cudaStream_t) {
   return cudaErrorNotSupported;
 }
 

@@ -17,11 +17,10 @@ int fitting_tile(const GemmProblem& problem) {
   return tile;
 }
 
-// Clusters that run at once, a block on each multiprocessor. They lie in a processing cluster of 16
-// or 18 each, or fewer: an H200 of 132 multiprocessors has room for 66 of 2 and 30 of 4.
+// Clusters that run at once, a block on each multiprocessor. Each lies within 16 or 18 of those, or
+// fewer: the 132 of one H200 have room for 66 of 2 blocks and 30 of 4.
 int clusters_at_once(int parts, int sm_count) {
-  constexpr int kStraySms = 12;
-  return std::max((parts > 2 ? sm_count - kStraySms : sm_count) / parts, 1);
+  return std::max((parts > 2 ? sm_count * 10 / 11 : sm_count) / parts, 1);
 }
 
 SkinnyPlan cut_at(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_count, int parts,
@@ -72,21 +71,22 @@ SkinnyPlan cut_skinny(const SkinnyTile& tile, int rows, int k_tiles, int n, int 
 }
 
 // Measured on an H200, K from 1024 to 28672, N from 128 to 28672. A long K of few columns is better
-// cut between more blocks. More than 16 rows cost a block as much x as weights, which pays where
-// none has more than a piece.
+// cut between more blocks, if rows are few. More than 16 cost a block as much x as weights, which
+// pays where none has more than a piece.
 bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device) {
-  constexpr int kManyRows = 16, kLongK = 4096;
+  constexpr int kFewRows = 8, kManyRows = 16, kLongK = 4096;
   constexpr double kFewPieces = 0.2;  // of a multiprocessor
   const bool dense = problem.moe_block_size == 0 && !problem.gated && !problem.transposed;
   if (!device.has_wgmma || !dense) return false;
-  const int k_tiles = problem.k / kTile;
-  if (problem.k % kTile != 0 || k_tiles < 1 || k_tiles >= kSkinnyMaxTiles) return false;
-  if (problem.rows < 1 || problem.rows > kSkinnyTable[kNumSkinnyTiles - 1].rows) return false;
+  if (problem.k < kTile || problem.k % kTile != 0 || problem.n < 1 || problem.rows < 1)
+    return false;
+  if (problem.rows > kSkinnyTable[kNumSkinnyTiles - 1].rows) return false;
   const auto pieces = static_cast<int>(ceil_div(problem.n, kSkinnyColumns));
-  if (problem.k > kLongK && pieces < kFewPieces * device.sm_count) return false;
+  const bool few_columns = pieces < kFewPieces * device.sm_count;
+  if (problem.rows <= kFewRows && problem.k > kLongK && few_columns) return false;
   const SkinnyPlan plan =
-      cut_skinny(kSkinnyTable[fitting_tile(problem)], static_cast<int>(problem.rows), k_tiles,
-                 problem.n, device.sm_count);
+      cut_skinny(kSkinnyTable[fitting_tile(problem)], static_cast<int>(problem.rows),
+                 problem.k / kTile, problem.n, device.sm_count);
   if (problem.rows > kManyRows && pieces > plan.clusters * plan.cut.parts) return false;
   return plan.shared_bytes <= kSharedOfBlock;
 }

@@ -38,7 +38,8 @@ bool has_wgmma() {
          code.ptxVersion >= 90;
 }
 
-cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t stream) {
+cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, Order order,
+                              cudaStream_t stream) {
   const TileChoice& choice = gemm.choice;
   GemmParams params = gemm.params;
   const int64_t tiles = choice.row_blocks * choice.n_blocks;
@@ -67,16 +68,25 @@ cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t
       choice.row_blocks * ((choice.n_blocks + choice.share_x - 1) / choice.share_x);
   const int64_t resident = static_cast<int64_t>(sm_count) * tile.min_blocks / blocks;
   const int64_t clusters = std::min(pieces, std::max<int64_t>(resident, 1));
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  }
+  // Blocks that share a multiprocessor could come to lie two here and none there, where those of
+  // the kernel before this one end.
+  if (order == Order::kOverlap && overlaps && tile.min_blocks == 1) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
   config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = kernel.shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = blocks > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel.function, params);
 }
 

@@ -9,6 +9,7 @@ namespace jax_marlin {
 bool has_wgmma();
 
 // launch_gemm for a choice of the wgmma kernel.
-cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, cudaStream_t stream);
+cudaError_t launch_wgmma_gemm(const GemmLaunch& gemm, int sm_count, Order order,
+                              cudaStream_t stream);
 
 }  // namespace jax_marlin
