@@ -59,7 +59,7 @@ def columns(kind: str) -> int:
 
 
 def is_skinny(kind: str, rows: int) -> bool:
-    """More than 16 rows are where a multiprocessor has a piece of 32 columns at most, and x fits."""
+    """More than 16 rows: where a multiprocessor has a piece of 32 columns at most, and x fits."""
     return rows <= 16 or (columns(kind) <= 32 * 132 and FORMATS[kind]["k"] < 16384)
 
 
