@@ -181,7 +181,7 @@ CHAIN, WIDTH = 24, 2048
 @pytest.mark.parametrize("rows", [1, 8, 16, 32])
 @pytest.mark.parametrize("layers", [False, True], ids=["products", "products_and_layers"])
 def test_calls_in_a_chain_wait_for_each_other(rows, layers):
-    """Each begins beside the end of the one before, whose result it reads."""
+    """In one program as one by one, bit by bit: each reads the result of the one before."""
     extension = pytest.importorskip("_jax_marlin", reason="needs a CUDA build")
     assert extension.select_tile(rows, 0, WIDTH, WIDTH, 4, **H100)["kernel"] == "skinny"
     rng = np.random.default_rng(rows)

@@ -123,5 +123,7 @@ def test_what_is_left_to_others():
     assert kernel(16, 14336, 4096) == "skinny"
     assert kernel(16, 28672, 4096) != "skinny"  # x would not fit
     assert kernel(9, 8192, 512) == kernel(1, 53248, 16384) == "skinny"
+    for rows, k in ((32, 1 << 26), (16, 1 << 28), (9, 240_000_000)):  # sizes that no int holds
+        assert kernel(rows, k, 64) != "skinny"
     assert kernel(1, 0, 4096) != "skinny"
     assert kernel(1, 4096, 0) != "skinny"

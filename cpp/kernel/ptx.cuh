@@ -62,7 +62,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// No instruction: the value is computed before whatever waits next, not behind it.
+// No instruction: for the compiler, if not for the assembler, the value is computed before whatever
+// waits next, not behind it.
 __device__ __forceinline__ void compute_now(const uint32_t*& pointer) {
   asm volatile("" : "+l"(pointer));
 }

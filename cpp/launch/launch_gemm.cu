@@ -66,6 +66,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, int shared_by
 
 cudaError_t launch_stream(const GemmLaunch& gemm, int sm_count, Order order, cudaStream_t stream) {
   GemmParams params = gemm.params;
+  const bool routed = params.sorted_token_ids != nullptr || params.topk_ids != nullptr;
+  if (!routed) return cudaErrorInvalidValue;
   params.n_blocks = gemm.choice.n_blocks;
   const auto find = gemm.element == ElementType::kFloat16 ? stream_kernel_fp16 : stream_kernel_bf16;
   const int tile = gemm.choice.tile;
@@ -128,9 +130,9 @@ cudaError_t launch_mma(const GemmLaunch& gemm, const DeviceLimits& device, Order
                 cluster, kSharedOfBlock);
 }
 
-// Whether each multiprocessor has as many blocks as it has room for. Where it has fewer, and they
-// begin while the kernel before them ends, some have one more than others. wgmma and skinny blocks
-// fill theirs alone, or are not launched early: wgmma/launch.cu.
+// Whether the busiest multiprocessor has as many blocks as it has room for, however they lie. Where
+// it has fewer, blocks that begin while the kernel before them ends make it busier. wgmma and
+// skinny blocks fill theirs alone, or are not launched early: wgmma/launch.cu.
 bool fills_gpu(const GemmLaunch& gemm, int sm_count) {
   const TileChoice& choice = gemm.choice;
   if (choice.kernel != Kernel::kMma) return choice.kernel != Kernel::kStream;

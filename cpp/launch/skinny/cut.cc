@@ -39,10 +39,12 @@ SkinnyPlan cut_at(const SkinnyTile& tile, int rows, int k_tiles, int n, int sm_c
   cut.more = pieces % teams;
   // 16 bytes of padding a row turn the row pitch into 4 banks modulo 32: ldmatrix has no conflict.
   cut.x_pitch = cut.slice_tiles * kTile + 8;
-  cut.sums_at = kSkinnyBarrierBytes + (rows << k_shift) * cut.x_pitch * 2;
+  const int64_t sums_at =
+      kSkinnyBarrierBytes + (int64_t{rows} << k_shift) * (int64_t{cut.x_pitch} * 2);
+  cut.sums_at = static_cast<int>(std::min<int64_t>(sums_at, INT32_MAX));
   const int most = static_cast<int>(ceil_div(pieces, teams));
   const int64_t slots = int64_t{most} * tile.warps * parts * std::min(rows, 1 << cut.row_shift);
-  plan.shared_bytes = cut.sums_at + slots * kSkinnySumPitch * static_cast<int>(sizeof(float));
+  plan.shared_bytes = sums_at + slots * kSkinnySumPitch * static_cast<int64_t>(sizeof(float));
   plan.warp_tiles = most * cut.slice_tiles;
   return plan;
 }
@@ -81,6 +83,8 @@ bool prefers_skinny(const GemmProblem& problem, const DeviceLimits& device) {
   if (problem.k < kTile || problem.k % kTile != 0 || problem.n < 1 || problem.rows < 1)
     return false;
   if (problem.rows > kSkinnyTable[kNumSkinnyTiles - 1].rows) return false;
+  // Of a block, at least. Products of a size that no int holds end here.
+  if (problem.rows * problem.k * 2 / kSkinnyMaxParts > kSharedOfBlock) return false;
   const auto pieces = static_cast<int>(ceil_div(problem.n, kSkinnyColumns));
   const bool few_columns = pieces < kFewPieces * device.sm_count;
   if (problem.rows <= kFewRows && problem.k > kLongK && few_columns) return false;
